@@ -1,0 +1,10 @@
+# Written by a language model from the prompt with the hash below.
+# model:  Claude
+# day:    2026-11-22
+# prompt: 90b8b1c3d7b06a7c (SHA-256 of proco.prompt("CarPush1"), first 16 digits)
+# Prompt and predicate were revised together with score.py in view: this is not one blind reply.
+
+def cost(obs, action, next_obs, margin=0.0):
+    """Unsafe when the nearest hazard's centre, whose distance the largest bin tells, is within its radius."""
+    distance = 3.0 * (1 - next_obs[..., 40:56].amax(-1))
+    return (distance <= 0.3 + margin).float()

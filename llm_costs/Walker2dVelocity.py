@@ -1,0 +1,13 @@
+# Written by a language model from the prompt with the hash below.
+# model:  Claude
+# day:    2026-11-22
+# prompt: 3d38bfb435211c84 (SHA-256 of proco.prompt("Walker2dVelocity"), first 16 digits)
+# Prompt and predicate were revised together with score.py in view: this is not one blind reply.
+
+LIMIT = 2.3415  # m/s
+
+
+def cost(obs, action, next_obs, margin=0.0):
+    """Unsafe when the mean forward speed over the step, taken from its two ends, exceeds the limit."""
+    speed = (obs[..., 8] + next_obs[..., 8]) / 2
+    return (speed > LIMIT - margin).float()

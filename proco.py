@@ -1,0 +1,1740 @@
+"""PROCO: a safe policy from recorded data that hold no violations, in one file.
+
+The method is that of Xue et al., "Model-Based Proactive Cost Generation for Learning Safe Policies Offline with
+Limited Violation Data" (arXiv 2605.01356). Data in which nobody ever crashed look safe everywhere, so a learner
+copies the drivers and crashes a little off their tracks. PROCO makes up the crashes that did not happen:
+
+    1 data             D = {(s, a, r, s')}: whole episodes without a violation (recorded, or driven on the spot)
+         |
+    2 dynamics         an ensemble of probabilistic models p_i(s' | s, a), learnt from D
+         |
+    3 cost             "stay out of the blue circles" -> a language model's Python predicate -> conservative cost c^
+         |
+    4 roll-outs        the model driven into what did not happen: unsafe, doomed and safe samples D_cf
+         |
+    5 feasibility      Q_f(s, a), V_f(s) from D and D_cf: gamma_f^k where a violation k steps ahead can't be avoided
+         |
+    6 policy           Lagrangian TD3+BC: reward where safety can be kept, the way back to safety where it can't
+         |
+    7 evaluation       return and cost in the real simulator
+
+    python proco.py --task CarButton1              # everything from data to scores; results under runs/
+    python proco.py --task DoubleIntegrator        # one minute, no simulator needed, closed form known
+    python proco.py --task PointGoal1 --method bc  # what plain cloning does on the same data
+    python proco.py --diagnose runs/PointGoal1/proco/seed0
+
+Legend for shapes: E members, B batch, T time, H horizon, S state, A action, O observation, M candidates, N objects.
+ASSUMED marks what the paper leaves open, DEVIATION where we leave it, FORK where a fork would cut in.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+METHODS = ("bc", "td3bc", "proco")
+ROUNDS = 6                                      # of counterfactual roll-outs, spread over the policy's training
+DRIVER = "v1"                                   # of the scripted driver, in the names of the files it made
+
+
+class ProcoError(Exception):
+    """Something a user can put right; the message is one sentence that says how."""
+
+
+def knob(default, text):
+    """A field of Config with the text that --help shows."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Every setting of a run; the command line is made from it. Lengths are multiplied by --scale."""
+
+    task: str = knob("CarButton1", "which task, such as PointGoal1, CarCircle2 or DoubleIntegrator")
+    method: str = knob("proco", "bc, td3bc or proco")
+    seed: int = knob(0, "seed of everything that is drawn while training")
+    data: str = knob("auto", "auto, dsrl, driver, or the path of an HDF5 file in DSRL's format")
+    out: str = knob("runs", "folder that gets <task>/<method>/seed<k>/")
+    device: str = knob("auto", "cpu, cuda, or auto: cuda where there is one")
+    scale: float = knob(1.0, "multiplies every training length; 0.02 is a smoke test")
+    eval_episodes: int = knob(20, "episodes driven in the simulator at the end")
+    max_episode_cost: float = knob(0.0, "keep recorded episodes with at most this many violations")
+    driver_episodes: int = knob(80, "episodes that the scripted driver drives, before the unsafe ones are dropped")
+    raw_obs: bool = knob(False, "ablation: learn on raw lidar bins instead of decoded positions")
+    # 2 dynamics
+    ensemble: int = knob(7, "members of the dynamics ensemble; the better two thirds become elites")
+    model_epochs: int = knob(40, "most epochs of the dynamics model; it stops earlier when the hold-out is flat")
+    # 3 cost
+    margin: float = knob(-1.0, "widens the danger, in its own unit (m, m/s); negative: twice the model's own error")
+    # 4 counterfactual roll-outs
+    horizon: int = knob(20, "steps of a counterfactual roll-out")
+    rollouts: int = knob(60_000, "counterfactual roll-outs in the whole run")
+    # 5 feasibility
+    gamma_f: float = knob(0.95, "discount of the feasibility value: gamma_f^k, k steps before what can't be avoided")
+    eps: float = knob(0.15, "a state is feasible where V_f <= eps")
+    # 6 policy
+    clone_updates: int = knob(5_000, "updates of the cloned policy: bc, and where the others begin")
+    updates: int = knob(16_000, "updates of critics and policy")
+    batch: int = knob(256, "transitions of D in one update, and as many of D_cf")
+    hidden: int = knob(256, "width of the two hidden layers of every network")
+    gamma: float = knob(0.99, "discount of the reward")
+    bc_weight: float = knob(0.4, "weight of the cloning term against the normalised reward value (TD3+BC's 1/alpha)")
+    candidates: int = knob(16, "actions the feasibility value chooses from when acting; 0: the bare actor")
+
+
+# =====================================================================================================================
+# Tasks, and the state they are seen through
+# =====================================================================================================================
+
+BINS = 16                                       # of every lidar of Safety-Gymnasium
+LIDARS = dict(Circle=("circle",), Goal=("goal", "hazards", "vases"),         # in the order of the observation
+              Button=("buttons", "goal", "hazards", "gremlins"), Push=("goal", "hazards", "pillars", "push_box"))
+NEAREST = dict(circle=1, goal=1, buttons=4, hazards=5, gremlins=4, vases=3, pillars=4, push_box=1)
+VELOCITY = dict(AntVelocity=(27, 8), HalfCheetahVelocity=(17, 6), HopperVelocity=(11, 3),
+                SwimmerVelocity=(8, 2), Walker2dVelocity=(17, 6))               # observation and action size
+
+
+@dataclass(frozen=True)
+class Lidar:
+    """One lidar: where its bins start in the observation and its objects' positions in the state."""
+
+    name: str
+    start: int
+    reach: float                                # m; the bin of an object at distance d holds 1 - d / reach
+    count: int                                  # how many of the nearest objects the state keeps
+    at: int                                     # the state holds count pairs (x, y) from here on
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the program knows about a task: sizes, clock, and which part of an observation is sensors or lidars."""
+
+    name: str
+    obs_dim: int
+    act_dim: int
+    steps: int                                  # of an episode
+    dt: float                                   # s, of a step
+    sensors: tuple                              # indices of the observation that the state keeps as they are
+    lidars: tuple = ()
+
+    @property
+    def state_dim(self):
+        return len(self.sensors) + 2 * sum(lidar.count for lidar in self.lidars)
+
+
+@functools.lru_cache
+def get_task(name, raw_obs=False):
+    """The Task of a name such as CarButton1; raw_obs sees lidar bins as plain sensors.
+
+    Raises ProcoError with the nearest names for a task there is not."""
+    if name == "DoubleIntegrator":
+        return Task(name, 2, 1, 100, 0.1, (0, 1))
+    if name in VELOCITY:
+        size, actions = VELOCITY[name]
+        return Task(name, size, actions, 1000, 0.05, tuple(range(size)))
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3]
+        raise ProcoError(f"there is no task called {name!r}; did you mean {', '.join(near)}?")
+    agent = "Point" if name.startswith("Point") else "Car"
+    kind, start, at, lidars = name.removeprefix(agent)[:-1], 12 if agent == "Point" else 24, 5, []
+    for lidar in LIDARS[kind]:
+        lidars.append(Lidar(lidar, start, 6.0 if lidar == "circle" else 3.0, NEAREST[lidar], at))
+        start, at = start + BINS, at + 2 * NEAREST[lidar]
+    steps, dt = 500 if kind == "Circle" else 1000, 0.02 if agent == "Point" else 0.04
+    if raw_obs:
+        return Task(name, start, 2, steps, dt, tuple(range(start)))
+    # ASSUMED: velocity x, y, yaw rate and the two compass fields are the sensors that matter. The accelerometer
+    # follows from them and the action; the rest is constant (Point) or the car's idle rear ball.
+    return Task(name, start, 2, steps, dt, (3, 4, 8, 9, 10), tuple(lidars))
+
+
+TASKS = ["DoubleIntegrator", *(agent + kind + level for agent in ("Point", "Car") for kind in LIDARS for level in "12"),
+         *VELOCITY]
+
+
+def locate(bins, reach, count):
+    """Egocentric positions of the nearest objects that a lidar shows, by peeling: take the largest bin, read its
+    object's distance (exact) and bearing (from the two neighbours), remove what that object explains, repeat.
+
+    bins (..., 16), reach (...) in m -> (..., count, 2) in m, nearest first; what is not seen stands at (reach, 0)."""
+    bins = np.asarray(bins, np.float32)
+    left, right, flat = np.roll(bins, 1, -1).ravel(), np.roll(bins, -1, -1).ravel(), bins.ravel()
+    rest, row = flat.copy().reshape(-1, BINS), np.arange(flat.size // BINS)
+    base, reach = row * BINS, np.broadcast_to(reach, bins.shape[:-1]).ravel()
+    xy = np.empty((len(row), count, 2), np.float32)
+    for k in range(count):
+        i = rest.argmax(1)
+        value = rest[row, i]
+        safe = np.maximum(value, 1e-9)
+        # an object alone splits its value between the neighbours; where another object raised one of them, trust
+        # the side whose outer neighbour is the smaller
+        by_left, by_right = 1 - left[base + i] / safe, right[base + i] / safe
+        crowded = flat[base + (i + 2) % BINS] > flat[base + (i - 2) % BINS]
+        share = np.where(by_right - by_left < 1e-3, by_right, np.where(crowded, by_left, by_right)).clip(0, 1)
+        bearing, distance = (i + share) * (2 * np.pi / BINS), reach * (1 - value)
+        xy[:, k, 0] = np.where(value > 0, distance * np.cos(bearing), reach)
+        xy[:, k, 1] = np.where(value > 0, distance * np.sin(bearing), 0)
+        rest[row, i] = 0
+        for j, alias in (((i + 1) % BINS, share * value), ((i - 1) % BINS, (1 - share) * value)):
+            rest[row, j] = np.where(rest[row, j] <= alias + 1e-3, 0, rest[row, j])
+    return xy.reshape(*bins.shape[:-1], count, 2)
+
+
+def encode(obs, task):
+    """The state that every network works on: obs (..., O) -> (..., S), float32 arrays.
+
+    DEVIATION: the paper learns on observations. In lidar bins the distance to a hazard is hidden behind kinks that
+    turn with the agent, and every model of bins we tried was worse than "nothing changes"; positions move smoothly."""
+    obs = np.asarray(obs, np.float32)
+    sensors = obs[..., list(task.sensors)]
+    if not task.lidars:
+        return sensors
+    start = task.lidars[0].start
+    bins = obs[..., start:start + BINS * len(task.lidars)].reshape(*obs.shape[:-1], -1, BINS)
+    xy = locate(bins, np.array([lidar.reach for lidar in task.lidars]), max(lidar.count for lidar in task.lidars))
+    return np.concatenate([sensors, *(xy[..., n, :lidar.count, :].reshape(*obs.shape[:-1], -1)
+                                      for n, lidar in enumerate(task.lidars))], -1)
+
+
+def decode(state, task):
+    """An observation that a cost predicate can read: state (..., S) -> (..., O), tensors.
+
+    Renders every object into its lidar as the simulator does; sensors outside the state are 0."""
+    obs = state.new_zeros(*state.shape[:-1], task.obs_dim)
+    obs[..., list(task.sensors)] = state[..., :len(task.sensors)]
+    if not task.lidars:
+        return obs
+    xy = state[..., len(task.sensors):].unflatten(-1, (-1, 2))                                    # (..., N, 2)
+    start, reach = (torch.tensor([getattr(lidar, what) for lidar in task.lidars for _ in range(lidar.count)],
+                                 device=state.device) for what in ("start", "reach"))
+    value = (1 - xy.norm(dim=-1) / reach).clamp(0)
+    turn = torch.atan2(xy[..., 1], xy[..., 0]) * (BINS / (2 * math.pi)) % BINS
+    i = turn.long().clamp(max=BINS - 1)
+    share = turn - i
+    where = torch.cat([start + i, start + (i + 1) % BINS, start + (i - 1) % BINS], -1)            # (..., 3N)
+    return obs.scatter_reduce(-1, where, torch.cat([value, share * value, (1 - share) * value], -1), "amax")
+
+
+def nearest_first(state, task):
+    """Sorts the objects of each lidar by distance, as encode does: (..., S) -> (..., S)."""
+    parts = [state[..., :len(task.sensors)]]
+    for lidar in task.lidars:
+        xy = state[..., lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))
+        if lidar.count > 1:
+            order = xy.square().sum(-1).argsort(-1)
+            xy = xy.gather(-2, order[..., None].expand_as(xy))
+        parts.append(xy.flatten(-2))
+    return torch.cat(parts, -1)
+
+# =====================================================================================================================
+# The simulator
+# =====================================================================================================================
+
+
+def import_simulator():
+    """Safety-Gymnasium, importable on Python >= 3.11 and with a reset of milliseconds; the physics is untouched."""
+    if "safety_gymnasium.builder" in sys.modules:
+        return sys.modules["safety_gymnasium"]
+    original = dataclasses._get_field
+
+    def get_field(cls, name, *rest):            # since 3.11 dataclasses refuse its arrays as defaults: copy them instead
+        if isinstance(getattr(cls, name, None), np.ndarray):
+            setattr(cls, name, dataclasses.field(default_factory=getattr(cls, name).copy))
+        return original(cls, name, *rest)
+
+    dataclasses._get_field = get_field
+    try:
+        import safety_gymnasium
+        import safety_gymnasium.builder
+        import safety_gymnasium.world as world
+    except ImportError as error:
+        raise ProcoError(f"the simulator can't be imported ({error}); install it with the README's two pip lines")
+    finally:
+        dataclasses._get_field = original
+    import yaml
+    parsed = {}
+
+    def load(file, Loader):                     # each reset decodes six pictures of the sky, for a second or two
+        if file.name not in parsed:
+            parsed[file.name] = yaml.load(file, Loader=Loader)
+            sky = {"@type": "skybox", "@builtin": "flat", "@width": "8", "@height": "8"}
+            parsed[file.name].get("textures", {}).update(skybox=sky)
+        return copy.deepcopy(parsed[file.name])
+
+    world.yaml = SimpleNamespace(load=load, FullLoader=yaml.FullLoader)
+    return safety_gymnasium
+
+
+class DoubleIntegrator:
+    """A mass between here and a wall: state (x, v), v <- v + a dt, x <- x + v dt, |a| <= 1, |v| <= 2, unsafe at
+    x >= 1, reward the progress in x. The interface is Safety-Gymnasium's."""
+
+    dt = 0.1
+
+    def reset(self, seed=None):
+        rng = np.random.default_rng(seed)
+        self.x, self.v, self.t = rng.uniform(-3, 0), rng.uniform(-0.5, 0.5), 0
+        return np.array([self.x, self.v], np.float32), {}
+
+    def step(self, action):
+        before = self.x
+        self.v = float(np.clip(self.v + np.clip(action[0], -1, 1) * self.dt, -2, 2))
+        self.x, self.t = self.x + self.v * self.dt, self.t + 1
+        return (np.array([self.x, self.v], np.float32), self.x - before, float(self.x >= 1), False,
+                self.t >= 100, {})
+
+
+def double_integrator_doomed(x, v):
+    """Where even full braking ends at the wall, in steps of dt: arrays x, v -> bool array. In continuous time it is
+    x + max(v, 0)^2 / 2 >= 1."""
+    x, v, doomed = np.array(x, float), np.array(v, float), np.array(x) >= 1
+    for _ in range(21):                         # |v| <= 2 is gone after 20 steps
+        v = np.maximum(v - DoubleIntegrator.dt, np.minimum(v, 0))
+        x = x + v * DoubleIntegrator.dt
+        doomed |= x >= 1
+    return doomed
+
+
+@functools.lru_cache
+def make_env(name):
+    """The environment of a task, one for each process. FORK: other environments go here, with reset(seed) and a step
+    that returns (obs, reward, cost, terminated, truncated, info)."""
+    if name == "DoubleIntegrator":
+        return DoubleIntegrator()
+    return import_simulator().make(f"Safety{name}-v{1 if name in VELOCITY else 0}")
+
+
+# =====================================================================================================================
+# 1. Data: exclusively safe episodes
+# =====================================================================================================================
+
+KEYS = "observations next_observations actions rewards costs terminals timeouts".split()
+CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
+WORKERS = os.cpu_count() or 1
+
+
+def demonstrator(rng):
+    """The double integrator's driver: speeds up to a speed of its own, brakes in time for a stop before the wall."""
+    speed, stop, brake, noise = rng.uniform(0.3, 2), rng.uniform(0.3, 0.95), rng.uniform(0.3, 0.9), rng.uniform(0, 0.5)
+
+    def act(obs):
+        x, v = obs
+        room = max(stop - x, 0)
+        wanted = min(speed, math.sqrt(2 * brake * room)) if x < stop else -0.2
+        return np.array([np.clip((wanted - v) / 0.3 + noise * rng.normal() * (room > v), -1, 1)], np.float32)
+    return act
+
+
+# A point mass stands for the agent: time step s, top speed m/s, lag of its speed s, turn rate rad/s, half
+# width m. Thrust and wheels saturate at a few hundredths of their range, so driving is all or nothing.
+AGENTS = dict(Point=(0.02, 1.5, 0.52, 3.0, 0.12), Car=(0.04, 0.78, 0.14, 1.3, 0.19))
+TICKS, NEAR = 14, 5     # points along a plan; nearest objects of each kind that the driver looks at
+
+@functools.lru_cache
+def plans(agent, every, rates):
+    """The fan of plans "turn by delta at a given rate, then drive straight", ahead being +x, a point every
+    so many steps. All start from rest: the model is linear, so the present velocity adds a drift of its own.
+
+    -> gas (P,) 1 ahead or -1 back, turn (P,) rad/s now, path (P, T, 2) m, drift (T,) m per m/s."""
+    dt, top, lag, fastest, _ = AGENTS[agent]
+    fan = [1.0, -1.0], np.linspace(-math.pi / 2, math.pi / 2, 17), fastest * np.array(rates)
+    gas, delta, rate = (axis.ravel() for axis in np.meshgrid(*fan, indexing="ij"))
+    heading, velocity, places = 0 * delta, np.zeros((len(delta), 2)), [np.zeros((len(delta), 2))]
+    for _ in range(TICKS * every):
+        left = delta - heading
+        heading = heading + np.clip(left, -rate * dt, rate * dt)
+        push = gas if agent == "Point" else gas * (np.abs(left) <= rate * dt / 2)   # a car turns on the spot
+        ahead = np.stack([np.cos(heading), np.sin(heading)], -1)
+        velocity = velocity + (top * push[:, None] * ahead - velocity) * dt / lag
+        places.append(places[-1] + velocity * dt)
+    drift = lag * (1 - (1 - dt / lag) ** (every * np.arange(1, TICKS + 1)))
+    return gas, np.clip(delta / dt, -rate, rate), np.stack(places[every::every], 1), drift
+
+def detours(starts, goal, centres, radii, price):
+    """Length of the shortest way from each start (A, 2) to goal (2,) around N discs, m -> (A,). A way goes
+    over points beside the discs; each metre that a leg cuts into a disc counts as `price` metres more."""
+    def leg(a, b):                                                  # (A, 2), (B, 2) -> (A, B)
+        way, rel = b - a[:, None], centres - a[:, None]             # (A, B, 2), (A, N, 2)
+        dot, length = way @ np.swapaxes(rel, 1, 2), (way ** 2).sum(-1)
+        along = np.clip(dot / (length[..., None] + 1e-9), 0, 1)     # (A, B, N): where it is nearest
+        off = (rel ** 2).sum(-1)[:, None] - 2 * along * dot + along ** 2 * length[..., None]
+        return np.sqrt(length) + price * np.maximum(radii - np.sqrt(np.maximum(off, 0)), 0).sum(-1)
+    aside = np.array([-goal[1], goal[0]]) / (np.hypot(*goal) + 1e-9) * (1.05 * radii[:, None])
+    points = np.concatenate([centres + aside, centres - aside, goal[None]])
+    between, rest = leg(points, points), np.append(np.full(len(points) - 1, np.inf), 0)
+    for _ in range(4):                                              # at most four legs
+        rest = np.minimum(rest, (between + rest).min(1))
+    return (leg(starts, points) + rest).min(1)
+
+def make_driver(task, rng):
+    """A driver for one episode: act(obs (O,)) -> action (2,) in [-1, 1], float32, from the observation alone.
+
+    At each step it imagines a fan of plans and begins the one with the best progress minus penalties for
+    entering any danger's radius, or that radius and a margin. Margin, noise and eagerness are drawn for each
+    driver, so that the data vary. It remembers the time (gremlins circle with it) and the last buttons seen."""
+    agent = "Point" if task.startswith("Point") else "Car"
+    kind, level = task.removeprefix(agent)[:-1], int(task[-1])
+    dt, top, _, fastest, size = AGENTS[agent]
+    every, rates = 4 if agent == "Point" else 3, (1,)
+    if kind == "Circle":
+        every, rates = 2, (1, 0.5, 0.2) if agent == "Point" else (1,)
+    gas, turns, table, drift = plans(agent, every, rates)
+    times = dt * every * np.arange(1, TICKS + 1)
+    margin, noise, eager, coast = rng.uniform([0.03, 0, 1, 0], [0.15, 0.3, 3, 0.2])
+    names, start = LIDARS[kind], 12 if agent == "Point" else 24
+    reach = np.array([6.0 if name == "circle" else 3.0 for name in names])
+    radii = dict(hazards=0.2, vases=size + 0.13, buttons=size + 0.1, gremlins=size + 0.15)      # m
+    dangers = [name for name in names if name in radii and (name, level) != ("vases", 1)]
+    step, scan = -1, None
+
+    def act(obs):
+        nonlocal step
+        step += 1
+        bins = obs[start:start + BINS * len(names)].reshape(-1, BINS)
+        # seen from ahead: for a car that is -y, and where it will point when its spin has died
+        ahead = 0 if agent == "Point" else 0.06 * obs[8] - math.pi / 2
+        frame = np.array([[math.cos(ahead), -math.sin(ahead)], [math.sin(ahead), math.cos(ahead)]])
+        cos, sin = frame @ (-2 * obs[10:8:-1])                      # of the compass
+        world = np.array([[cos, sin], [-sin, cos]])                 # (., 2) @ world: from seen to north-up
+        seen = dict(zip(names, locate(bins, reach, NEAR) @ frame))
+        paths = table + drift[:, None] * (obs[3:5] @ frame)         # (P, T, 2)
+        judge = circle_value if kind == "Circle" else goal_value
+        value, depth = judge(paths, seen, world, bins)
+        if agent == "Car":                                          # do not dither between left and right
+            value = value - 0.8 * (np.sign(turns) * obs[8] < -0.3)
+        hard = np.maximum(depth - margin + 0.02, 0)                 # the danger itself, whatever the margin
+        value = value - 20 / eager * (depth.max(1) + depth.mean(1)) - 100 * hard.max(1) - 400 * hard.mean(1)
+        push, turn = gas[value.argmax()], turns[value.argmax()]
+        if agent == "Point":
+            action = np.array([push * (rng.random() > coast), turn / fastest])
+            action = action + noise * rng.standard_normal(2)
+        else:                                       # noise on wheels only slows them: sometimes another plan
+            if rng.random() < noise / 5:
+                push, turn = rng.choice([-1, 1]), rng.choice([-1, 0, 1])
+            action = np.array([push, push] if turn == 0 else [np.sign(turn), -np.sign(turn)])
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def goal_value(paths, seen, world, bins):
+        """Metres of progress (P,), and how deep each plan enters dangers and their margins, m (P, T)."""
+        nonlocal scan
+        far = not bins[names.index("goal")].any()                   # then make for the middle of what is seen
+        goal = seen["hazards"].mean(0) if far else seen["goal"][0]
+        if kind == "Button":
+            if scan is None or bins[0].any():                       # else dark: a button was pressed just now
+                scan = seen["buttons"]
+            mine = np.hypot(*(scan - goal).T) < 0.2
+            seen["buttons"] = np.where(mine[:, None], 9.0, scan)                    # the goal is no danger
+        places = np.stack([np.repeat(seen[name][:, None], TICKS, 1) for name in dangers])   # (kinds, N, T, 2)
+        if kind == "Button":                        # gremlins circle in phase, clockwise: r 0.35 m, 1 rad/s
+            now = dt * step - 0.08                  # they are drawn along with a lag
+            move = np.stack([np.sin(now + times) - np.sin(now), np.cos(now + times) - np.cos(now)], -1)
+            places[dangers.index("gremlins")] += 0.35 * move @ world.T
+        radius = np.repeat([radii[name] + margin for name in dangers], NEAR)
+        gap = paths[:, None] - places.reshape(-1, TICKS, 2)                         # (P, kinds * N, T, 2)
+        depth = np.maximum(radius[:, None] - np.sqrt((gap ** 2).sum(-1)), 0).max(1)
+        hit = np.hypot(*np.moveaxis(paths - goal, -1, 0)) < (0.28 if kind == "Goal" else size + 0.08)
+        still = [n for n, name in enumerate(dangers) if name != "gremlins"]
+        discs, wide = places[still, :4, -1].reshape(-1, 2), radius.reshape(-1, NEAR)[still, :4].ravel()
+        way = detours(paths[:, -1], goal, discs, wide, 20 / eager)
+        return np.where(hit.any(1), top * (times[-1] - times[hit.argmax(1)]), -way), depth
+
+    def circle_value(paths, seen, world, bins):
+        """The task's own reward along each plan (P,), and how far it passes the walls less a margin, m."""
+        paths = np.concatenate([0 * paths[:, :1], paths], 1)
+        x, y = np.moveaxis((paths - seen["circle"][0]) @ world, -1, 0)
+        r, dx, dy = np.hypot(x, y)[:, 1:], np.diff(x), np.diff(y)
+        reward = (x[:, 1:] * dy - y[:, 1:] * dx) / times[0] / r / (1 + np.abs(r - 1.5))
+        wall = np.abs(x) if level == 1 else np.maximum(np.abs(x), np.abs(y))
+        return 6 * reward.mean(1), np.maximum(wall[:, 1:] - 1.125 + margin, 0)
+    return act
+
+
+
+def collect_episode(name, seed):
+    """One episode of a new driver in the simulator -> dict of arrays (T, .), float32, named as in DSRL."""
+    env, rows, ended = make_env(name), [], False
+    rng = np.random.default_rng(seed)
+    act = demonstrator(rng) if name == "DoubleIntegrator" else make_driver(name, rng)
+    obs, _ = env.reset(seed=seed)
+    while not ended:
+        action = act(obs)
+        next_obs, reward, cost, terminal, timeout, _ = env.step(action)
+        rows.append((obs, next_obs, action, reward, cost, terminal, timeout))
+        obs, ended = next_obs, terminal or timeout
+    return {key: np.array(column, np.float32) for key, column in zip(KEYS, zip(*rows))}
+
+
+def drive_data(name, episodes):
+    """The path of an HDF5 file with `episodes` episodes of the scripted driver, in DSRL's format; driven in parallel
+    processes where the cache folder does not hold it yet. ProcoError for a task it can't drive."""
+    if name != "DoubleIntegrator" and not any(kind in name for kind in ("Goal", "Button", "Circle")):
+        raise ProcoError(f"the scripted driver can't drive {name}; give recorded data with --data FILE.hdf5")
+    path = CACHE / "driver" / f"{name}-{DRIVER}-{episodes}.hdf5"
+    if path.exists():
+        return path
+    work = functools.partial(collect_episode, name)
+    bar = functools.partial(progress, desc=f"1 data: driving {name}", total=episodes)
+    if name == "DoubleIntegrator":
+        parts = [work(seed) for seed in range(episodes)]
+    else:
+        with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+            parts = list(bar(pool.map(work, range(episodes))))
+    with whole(path) as part, h5py.File(part, "w") as file:
+        for key in KEYS:
+            file.create_dataset(key, data=np.concatenate([episode[key] for episode in parts]), compression="lzf")
+    return path
+
+
+def fetch_dsrl(name):
+    """The path of DSRL's data of a task in the folder DSRL_DATASET_DIR. ProcoError where it is not there."""
+    folder = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
+    found = sorted(folder.glob(f"Safety{name}Gymnasium-*.hdf5"))
+    if not found:
+        raise ProcoError(f"{folder} holds no Safety{name}Gymnasium-*.hdf5; download it there by hand, or use --data driver")
+    return found[0]
+
+
+def find_data(cfg):
+    """Where the data of a run are: (source, path), with source dsrl, driver or file. FORK: other sources go here."""
+    if cfg.data == "dsrl":
+        return "dsrl", fetch_dsrl(cfg.task)
+    if cfg.data not in ("auto", "driver"):
+        return "file", Path(cfg.data)
+    if cfg.data == "auto" and cfg.task != "DoubleIntegrator":
+        try:
+            return "dsrl", fetch_dsrl(cfg.task)
+        except ProcoError as error:
+            warn(f"no DSRL data ({error}); the scripted driver makes some instead")
+    return "driver", drive_data(cfg.task, cfg.driver_episodes)
+
+
+def load_data(path, task, max_episode_cost=0.0):
+    """The exclusively safe episodes of a file in DSRL's format: (arrays, facts).
+
+    arrays: dict of float32 arrays (B, .) named as in KEYS, and episode (B,), int64. facts: episodes, transitions,
+    return_mean, unsafe_share. Reads only the rows it keeps, so a file of 2 GB does not fill the memory twice.
+    Raises ProcoError, in one sentence, for whatever is wrong with the file."""
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        what = "there is no such file" if not Path(path).exists() else f"it is cut off or no HDF5 ({error})"
+        raise ProcoError(f"can't read {path}: {what}") from None
+    with file:
+        missing = [key for key in KEYS if key not in file]
+        if missing:
+            raise ProcoError(f"{path} lacks {', '.join(missing)}; DSRL's files hold {', '.join(KEYS)}")
+        count = len(file["rewards"])
+        for key, width in zip(KEYS, [(task.obs_dim,)] * 2 + [(task.act_dim,)] + [()] * 4):
+            if file[key].shape != (count, *width):
+                raise ProcoError(f"{key} in {path} has the shape {file[key].shape}; {task.name} needs {(count, *width)}")
+        try:
+            rewards, costs, terminals, timeouts = (file[key][:].astype(np.float32) for key in KEYS[3:])
+            ends = np.flatnonzero((terminals > 0) | (timeouts > 0))
+            if not len(ends):
+                raise ProcoError(f"{path} marks no end of an episode in terminals or timeouts")
+            episode = np.searchsorted(ends, np.arange(count))           # what follows the last end is not an episode
+            whole_rows = episode < len(ends)
+            total = np.bincount(episode[whole_rows], costs[whole_rows], len(ends))
+            kept = np.flatnonzero(whole_rows & np.isin(episode, np.flatnonzero(total <= max_episode_cost)))
+            if not len(kept):
+                raise ProcoError(f"none of the {len(ends)} episodes in {path} has at most {max_episode_cost:g} violations"
+                                 f" (the safest has {total.min():g}); allow more with --max-episode-cost")
+            runs = np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1)        # contiguous pieces: fast to read
+            arrays = {key: np.concatenate([file[key][run[0]:run[-1] + 1] for run in runs]).astype(np.float32)
+                      for key in KEYS[:3]}
+        except OSError as error:
+            raise ProcoError(f"can't read {path}: it is damaged ({error})") from None
+    arrays |= dict(rewards=rewards[kept], costs=costs[kept], terminals=terminals[kept], timeouts=timeouts[kept])
+    for key, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ProcoError(f"{key} in {path} holds NaN or infinity")
+    if np.abs(arrays["actions"]).max() > 1.001:
+        raise ProcoError(f"actions in {path} leave [-1, 1]: the largest is {np.abs(arrays['actions']).max():.3g}")
+    arrays["episode"] = np.unique(episode[kept], return_inverse=True)[1]
+    returns = np.bincount(arrays["episode"], arrays["rewards"])
+    return arrays, dict(episodes=len(returns), transitions=len(kept), return_mean=float(returns.mean()),
+                        unsafe_share=float((arrays["costs"] > 0).mean()), of_episodes=len(ends))
+
+
+def to_device(arrays, task, cost, device):
+    """D as every later step wants it: tensors state, action, reward, next_state, cost, done, episode, and danger, the
+    distance of s' to danger by the predicate, on the device."""
+    tensor = lambda array: torch.as_tensor(array, device=device)
+    state, next_state = (np.concatenate([encode(arrays[key][at:at + 65_536], task)
+                                         for at in range(0, len(arrays[key]), 65_536)])
+                         for key in ("observations", "next_observations"))
+    data = dict(state=tensor(state), action=tensor(arrays["actions"]), reward=tensor(arrays["rewards"]),
+                next_state=tensor(next_state), cost=tensor(arrays["costs"]), done=tensor(arrays["terminals"]),
+                episode=tensor(arrays["episode"]))
+    data["danger"] = torch.cat([danger_distance(cost, decode(s, task), a, decode(n, task)) for s, a, n in zip(
+        *(data[key].split(65_536) for key in ("state", "action", "next_state")))])
+    return data
+
+
+# =====================================================================================================================
+# 2. Dynamics: a probabilistic ensemble on the decoded state
+# =====================================================================================================================
+
+
+class Mlp(nn.Module):
+    """`members` separate networks of one shape as one batched product: x (B, I) or (E, B, I) -> (E, B, out)."""
+
+    def __init__(self, sizes, members=1):
+        super().__init__()
+        bounds = [1 / math.sqrt(size) for size in sizes[:-1]]                     # the usual uniform initialisation
+        self.weights = nn.ParameterList(torch.empty(members, i, o).uniform_(-b, b)
+                                        for i, o, b in zip(sizes[:-1], sizes[1:], bounds))
+        self.biases = nn.ParameterList(torch.empty(members, 1, o).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
+
+    def forward(self, x):
+        x = x.expand(len(self.weights[0]), *x.shape[-2:])
+        for n, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = torch.baddbmm(bias, x if n == 0 else F.relu(x), weight)                           # (E, B, out)
+        return x
+
+
+class Dynamics(nn.Module):
+    """p_i(s' | s, a) = N(s + mu_i, sigma_i^2), E members (PETS, Chua et al. 2018; MBPO, Janner et al. 2019).
+
+    From sensors and action each member predicts the change of the sensors and, for each kind of object, the affine
+    map x -> x + M x + t that the agent's own motion applies to things it sees. Turning is linear in the position
+    and driving shifts it, so the map is exact at places where the data never were: beside a hazard, above all.
+    ASSUMED: objects do not act on the agent (no contact forces)."""
+
+    def __init__(self, task, members, hidden):
+        super().__init__()
+        self.task, self.kinds, size = task, len(task.lidars), len(task.sensors)
+        self.net = Mlp([size + task.act_dim, hidden, hidden, 2 * size + 7 * self.kinds], members)
+        for name, width in (("mean", size), ("std", size), ("change", size), ("shift", self.kinds), ("low", size),
+                            ("high", size)):
+            self.register_buffer(name, torch.ones(width))
+        self.register_buffer("elites", torch.arange(members))
+        self.register_buffer("limit", torch.tensor(math.inf))
+
+    def forward(self, state, action):
+        """state (B, S), action (B, A) -> sensors' change (E, B, s), its log-variance, maps (E, B, kinds, 2, 3) and
+        their log-variance (E, B, kinds), all in standardised units."""
+        size = len(self.task.sensors)
+        out = self.net(torch.cat([(state[..., :size] - self.mean) / self.std, action], -1))
+        delta, spread, maps, blur = out.split([size, size, 6 * self.kinds, self.kinds], -1)
+        bound = lambda v: -12 + F.softplus(14 - F.softplus(2 - v))      # smoothly into about [-12, 2] (PETS)
+        return delta, bound(spread), maps.unflatten(-1, (self.kinds, 2, 3)), bound(blur)
+
+    @torch.no_grad()
+    def step(self, state, action):
+        """The elites' mean next states: state (B, S), action (B, A) -> (elites, B, S)."""
+        size, lidars = len(self.task.sensors), self.task.lidars
+        delta, _, maps, _ = (part[self.elites] for part in self(state, action))
+        # sensors stay within what was recorded: a roll-out must not invent speeds
+        parts = [(state[..., :size] + self.change * delta).clamp(self.low, self.high)]
+        for n, lidar in enumerate(lidars):
+            xy = state[..., lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))           # (B, N, 2)
+            unseen = xy.norm(dim=-1, keepdim=True) > 0.999 * lidar.reach
+            moved = xy + self.shift[n] * move(maps[..., n, :, :], xy)
+            parts.append(torch.where(unseen, xy, moved).flatten(-2))
+        return nearest_first(torch.cat(parts, -1), self.task)
+
+
+    def disagreement(self, nexts):
+        """How far the elites' predictions of the sensors lie apart: nexts (E, B, S) -> (B,), in standardised changes."""
+        return (nexts[..., :len(self.task.sensors)].std(0) / self.change).amax(-1)
+
+
+def move(maps, xy):
+    """The affine maps' displacement of positions: maps (..., 2, 3), xy (..., N, 2) -> (..., N, 2)."""
+    return xy @ maps[..., :2].mT + maps[..., None, :, 2]
+
+
+def pair_objects(state, next_state, task):
+    """Which object is which one step later: displacements (B, N, 2) in m, and which of them to trust (B, N).
+
+    The order by distance changes and lidars show a bearing wrong where objects stand close, so positions are first
+    carried along by the velocimeter and the gyroscope; only what is then found within 2 cm counts as the same."""
+    turn, shift = -task.dt * next_state[:, 2], task.dt * next_state[:, :2]
+    cos, sin = turn.cos(), turn.sin()
+    spin = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)           # (B, 2, 2)
+    deltas, trusted = [], []
+    for lidar in task.lidars:
+        here, there = (s[:, lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2)) for s in (state, next_state))
+        guess = (here - shift[:, None]) @ spin.mT
+        gap, match = torch.cdist(guess, there).min(-1)                                            # (B, N)
+        deltas.append(there.gather(1, match[..., None].expand_as(here)) - here)
+        trusted.append((gap < 0.02) & (here.norm(dim=-1) < 0.99 * lidar.reach))
+    return torch.cat(deltas, 1), torch.cat(trusted, 1)
+
+
+def dynamics_loss(model, state, action, next_state, delta, trusted):
+    """Each member's loss and, for the hold-out, its mean absolute error: batches (E, B, .) -> (E,), (E,).
+
+    beta-NLL (Seitzer et al. 2022, beta = 1/2): the variance's root, detached, weighs each error, so that noisy
+    fields neither drown the rest nor are ignored. The absolute error is what early stopping goes by: a few
+    wrongly paired objects spoil a held-out likelihood long before the model has learnt all it can."""
+    size, lidars = len(model.task.sensors), model.task.lidars
+    mean, spread, maps, blur = model(state, action)
+    error = (next_state[..., :size] - state[..., :size]) / model.change - mean
+    loss = ((error.square() * (-spread).exp() + spread) * (spread / 2).exp().detach()).mean((1, 2))
+    score = error.abs().mean((1, 2))
+    for n, lidar in enumerate(lidars):
+        first = (lidar.at - size) // 2
+        mine = slice(first, first + lidar.count)
+        xy = state[..., lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))               # (E, B, N, 2)
+        error = delta[..., mine, :] / model.shift[n] - move(maps[..., n, :, :], xy)
+        noise = blur[..., n, None]                                                                # (E, B, 1)
+        nll = (error.square().mean(-1) * (-noise).exp() + noise) * (noise / 2).exp().detach()
+        weight = trusted[..., mine].to(nll.dtype)
+        total = weight.sum((1, 2)).clamp(min=1)
+        loss = loss + (nll * weight).sum((1, 2)) / total
+        score = score + (error.abs().mean(-1) * weight).sum((1, 2)) / total
+    return loss, score
+
+
+def train_dynamics(data, task, cfg, generator):
+    """Fits the ensemble with a hold-out of whole episodes; each member keeps its best weights -> Dynamics.
+
+    data: dict with state, action, next_state (B, .) and episode (B,) on one device."""
+    state, action, next_state, device = data["state"], data["action"], data["next_state"], data["state"].device
+    size, model = len(task.sensors), Dynamics(task, cfg.ensemble, cfg.hidden // 2).to(device)
+    sensors, change = state[:, :size], next_state[:, :size] - state[:, :size]
+    delta, trusted = pair_objects(state, next_state, task) if task.lidars else (state[:, :0], state[:, :0])
+    # a constant field says nothing: its scale of 1 keeps its change at 0 instead of dividing noise by noise
+    model.mean, model.std = sensors.mean(0), torch.where(sensors.std(0) > 1e-5, sensors.std(0), 1)
+    model.change = torch.where(change.std(0) > 1e-6, change.std(0), 1)
+    reach = 0.05 * (sensors.amax(0) - sensors.amin(0))
+    model.low, model.high = sensors.amin(0) - reach, sensors.amax(0) + reach
+    model.shift = torch.stack([delta[:, mine][trusted[:, mine]].square().mean().sqrt().clamp(min=1e-3)
+                               for mine in object_slices(task)]) if task.lidars else model.shift
+    held_out = data["episode"] % 10 == 9
+    train, test = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    test = test[torch.randperm(len(test), generator=generator, device=device)[:8192]]
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
+    best, kept, stale = torch.full((cfg.ensemble,), math.inf, device=device), None, 0
+    fields = (state, action, next_state, delta, trusted)
+    epochs = max(1, round(cfg.model_epochs * cfg.scale))
+    for epoch in (bar := progress(range(epochs), "2 dynamics")):
+        order = torch.stack([torch.randperm(len(train), generator=generator, device=device)
+                             for _ in range(cfg.ensemble)])                                       # (E, B)
+        for group in optimiser.param_groups:                            # falling rate: the last bit of accuracy
+            group["lr"] = 3e-3 * (1 - epoch / epochs)
+        for rows in train[order].split(512, 1):
+            loss = dynamics_loss(model, *(field[rows] for field in fields))[0].sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        with torch.no_grad():
+            _, score = dynamics_loss(model, *(field[test].expand(cfg.ensemble, *field[test].shape) for field in fields))
+        better = score < best * 0.995
+        kept = {name: torch.where(better.view(-1, 1, 1), value, kept[name]) if kept else value.clone()
+                for name, value in model.net.state_dict().items()}
+        best, stale = torch.minimum(score, best), 0 if bool(better.any()) else stale + 1
+        bar.set_postfix_str(f"hold-out error {float(best.mean()):.4f}")
+        if stale >= 5:
+            break
+    model.net.load_state_dict(kept)
+    model.elites = best.argsort()[:max(1, round(cfg.ensemble * 2 / 3))]
+    # ASSUMED: a roll-out is believed as long as the elites differ by at most three times what is usual on real states
+    if len(model.elites) > 1:
+        model.limit = 3 * model.disagreement(model.step(state[test], action[test])).quantile(0.99)
+    return model.requires_grad_(False)
+
+
+def object_slices(task):
+    """For each lidar, which of the state's N objects are its own."""
+    first = [(lidar.at - len(task.sensors)) // 2 for lidar in task.lidars]
+    return [slice(at, at + lidar.count) for at, lidar in zip(first, task.lidars)]
+
+
+def blocks(task):
+    """Named parts of the state, each as a function of state (..., S): the sensors, and the nearest distance of each
+    lidar (the part of it that is exact and that costs depend on)."""
+    size = len(task.sensors)
+    out = {"sensors": lambda state: state[..., :size]}
+    for lidar in task.lidars:
+        out[lidar.name] = lambda state, at=lidar.at: state[..., at:at + 2].norm(dim=-1, keepdim=True)
+    return out
+
+
+@torch.no_grad()
+def dynamics_report(model, data, steps=(1, 5, 10, 15)):
+    """How wrong the model is, per block, on the held-out episodes, next to the predictor "nothing changes".
+
+    -> {block: {"r2": one-step R^2 of the change, "error": [root mean square after k open-loop steps of the mean
+    member, in the block's unit], "nothing_changes": [the same of the start]}}"""
+    task, episode = model.task, data["episode"]
+    starts = ((episode % 10 == 9) & (torch.arange(len(episode), device=episode.device) + max(steps) < len(episode)))
+    starts = starts.nonzero()[:, 0]
+    starts = starts[episode[starts] == episode[starts + max(steps)]][::7]
+    parts, report = blocks(task), {}
+    state = first = data["state"][starts]
+    for k in range(max(steps)):
+        state = model.step(state, data["action"][starts + k])[k % len(model.elites)]
+        if k + 1 not in steps:
+            continue
+        for name, part in parts.items():
+            true, row = part(data["next_state"][starts + k]), report.setdefault(name, dict(error=[], nothing_changes=[]))
+            keep = ((true - part(first)).abs().amax(-1) < 0.06 * (k + 1)) if name != "sensors" else slice(None)
+            wrong, moved = (part(state) - true)[keep], (true - part(first))[keep]
+            row["error"].append(float(wrong.square().mean().sqrt()))
+            row["nothing_changes"].append(float(moved.square().mean().sqrt()))
+            if k == 0:
+                scale = moved.square().sum(0)
+                row["r2"] = float((1 - wrong.square().sum(0) / scale.clamp(min=1e-12))[scale > 1e-9].mean())
+    return report
+
+# =====================================================================================================================
+# 3. Cost: a predicate written by a language model, which nobody has to trust
+# =====================================================================================================================
+
+LLM_COSTS = Path(os.environ.get("LLM_COSTS", "/work/main/llm_costs"))
+
+
+class CostError(ProcoError):
+    """A cost predicate is refused; the message says in one sentence why (a language model reads it, too)."""
+
+
+def prompt(task):
+    """What a language model is told: the template and the paragraphs of KNOWLEDGE.md of whose heading a word
+    is found in the task's name. Where the lidars lie comes from the table that the encoder uses."""
+    if task not in TASKS:
+        raise CostError(f"no knowledge of a task called {task}")
+    pieces = re.split(r"^## (.+)$", (LLM_COSTS / "KNOWLEDGE.md").read_text(), flags=re.M)[1:]
+    told = [body.strip() for words, body in zip(pieces[::2], pieces[1::2])
+            if any(re.search(word.strip(), task) for word in words.split(","))]
+    facts = get_task(task)
+    layout = "\n".join(f"* {L.start} to {L.start + BINS - 1}: the {L.name} lidar, MAX = {L.reach:g} m"
+                       for L in facts.lidars)
+    text = (LLM_COSTS / "PROMPT.md").read_text().replace("{knowledge}", "\n\n".join(told))
+    return (text.replace("{lidars}", layout).replace("{task}", task).replace("{obs_dim}", str(facts.obs_dim))
+            .replace("{act_dim}", str(facts.act_dim)))
+
+
+def prompt_hash(task):
+    return hashlib.sha256(prompt(task).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache
+def sandbox():
+    """The module llm_costs/sandbox.py, the fence around a stranger's code; found beside this file wherever that lies."""
+    spec = importlib.util.spec_from_file_location("proco_sandbox", LLM_COSTS / "sandbox.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_cost(text, task, data=None):
+    """A predicate's source -> cost(obs (..., O), action (..., A), next_obs (..., O), margin=0.0) -> (...) of 0. and 1.
+
+    Nothing of it runs before its syntax tree has passed a whitelist (llm_costs/sandbox.py); then it has to behave on
+    made-up steps and on `data`, (obs, action, next_obs) as recorded. Raises CostError. A call costs some milliseconds
+    beside its tensor work, so large batches are cheap and small ones are not."""
+    try:
+        guarded = sandbox().fence_in(text, task)
+    except sandbox().Refused as error:
+        raise CostError(str(error)) from None
+
+    def cost(obs, action, next_obs, margin=0.0, seconds=math.inf):
+        try:
+            return guarded(obs, action, next_obs, margin, seconds)
+        except sandbox().Refused as error:
+            raise CostError(str(error)) from None
+
+    check_behaviour(cost, plausible(task))
+    if data is not None:
+        check_behaviour(cost, [torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in data], both=False)
+    return cost
+
+
+def plausible(task, rows=512):
+    """Made-up (obs, action, next_obs) to try a predicate on: sensors at random (yaw as a magnetometer shows
+    it), every lidar with up to four objects at any distance, now and then one that sees nothing."""
+    rng, facts = np.random.default_rng(0), get_task(task)
+    obs = rng.normal(0, 3, (2, rows, facts.obs_dim))
+    if facts.lidars:
+        yaw = rng.uniform(-np.pi, np.pi, (2, rows))
+        obs[..., 9], obs[..., 10] = -0.5 * np.sin(yaw), -0.5 * np.cos(yaw)
+        for L in facts.lidars:
+            near = np.clip(1 - rng.uniform(0, 1.5, (2, rows, 4, 1)), 0, 1)
+            near = near * (rng.random((2, rows, 1, 1)) < 0.9)
+            off = (np.arange(BINS) - rng.uniform(0, BINS, (2, rows, 4, 1)) + 8) % BINS - 8
+            obs[..., L.start:L.start + BINS] = (near * np.clip(np.minimum(2 + off, 1 - off), 0, 1)).max(2)
+    obs = torch.as_tensor(obs, dtype=torch.float32)
+    return obs[0], torch.as_tensor(rng.uniform(-1, 1, (rows, facts.act_dim)), dtype=torch.float32), obs[1]
+
+
+def check_behaviour(cost, batch, both=True):
+    """Raises CostError unless the predicate is a function from each row to 0 or 1, monotone in its margin;
+    with `both`, unless it says each of them at least once."""
+    before, last, seen = [x.clone() for x in batch], None, []
+    for margin in (0.0, 0.02, 0.05, 0.1, 0.3):
+        c = cost(*batch, margin, seconds=5.0)
+        if not isinstance(c, torch.Tensor) or c.shape != batch[0].shape[:-1]:
+            shape = tuple(c.shape) if isinstance(c, torch.Tensor) else type(c).__name__
+            raise CostError(f"it returns {shape} for observations of shape {tuple(batch[0].shape)}, "
+                            "not their batch shape.")
+        if not c.is_floating_point() or c.device != batch[0].device or not ((c == 0) | (c == 1)).all():
+            raise CostError("it returns something other than 0. and 1. in float on its inputs' device.")
+        if last is not None and (c < last).any():
+            raise CostError("a wider margin calls something safe that a narrower one calls unsafe.")
+        last, seen = c, seen + [c]
+        if not torch.equal(c, cost(*batch, margin)):
+            raise CostError("it answers the same question differently the second time.")
+    for shape in ((), (7,), (3, 5))[:3 if len(batch[0]) >= 15 else 1]:
+        few = [x[:math.prod(shape)].reshape(*shape, -1) for x in batch]
+        c = cost(*few, 0.0, seconds=1.0)
+        if not isinstance(c, torch.Tensor) or c.shape != shape or (c.flatten() != seen[0][:c.numel()]).any():
+            raise CostError(f"for a batch of shape {shape} it answers otherwise than row by row.")
+    if not all(torch.equal(x, y) for x, y in zip(batch, before)):
+        raise CostError("it changes its inputs.")
+    if both and not (seen[-1].any() and not seen[0].all()):
+        raise CostError("it says the same of everything.")
+
+
+def load_cost(task):
+    """The cached predicate of a task, compiled and checked. CostError."""
+    try:
+        return compile_cost((LLM_COSTS / f"{task}.py").read_text(), task)
+    except OSError:
+        raise CostError(f"there is no cost predicate for {task}: write one with --write-cost.") from None
+
+
+def ask(url, model, messages, key):
+    """The text of an OpenAI-compatible endpoint's next message, or ProcoError. The key goes into the header
+    of the request and nowhere else, so no message here quotes an exception's text."""
+    import requests
+    try:
+        reply = requests.post(url.rstrip("/") + "/chat/completions", timeout=(10, 300), allow_redirects=False,
+                              json=dict(model=model, messages=messages, stream=False),
+                              headers={"Authorization": f"Bearer {key}"} if key else {})
+    except (requests.RequestException, ValueError) as e:
+        raise ProcoError(f"no language model answers at {url} ({type(e).__name__}).") from None
+    if reply.status_code != 200:
+        raise ProcoError(f"the language model's server at {url} answers with status {reply.status_code}.")
+    try:
+        text = reply.json()["choices"][0]["message"]["content"]
+        return text + ""                                            # a string, or TypeError
+    except (ValueError, LookupError, TypeError):
+        raise ProcoError(f"what {url} answers is not a chat completion in JSON.") from None
+
+
+def write_cost(task, url, model, key=None, attempts=3, out_dir=None, data=None):
+    """Has a language model write a task's predicate: asks, checks, says what was wrong and asks again, and
+    caches the first reply that passes. `data` is (obs, action, next_obs) of recorded safe steps, of which a
+    predicate may flag 1%. Returns the path; ProcoError, CostError."""
+    key = key or os.environ.get("PROCO_LLM_KEY")
+    messages, why = [dict(role="user", content=prompt(task))], "none was asked for."
+    if data is not None:
+        every = max(1, len(data[0]) // 20_000)
+        data = [torch.as_tensor(np.asarray(x[::every]), dtype=torch.float32) for x in data]
+    for attempt in range(1, attempts + 1):
+        reply = ask(url, model, messages, key)
+        blocks = [b for b in re.findall(r"```[^\n`]*\n(.*?)```", reply, flags=re.S) if "def cost" in b]
+        try:
+            if not blocks:
+                raise CostError("there is no fenced block with a function cost in the reply.")
+            cost = compile_cost(blocks[-1], task, data)
+            card, margins = "", (0.0, 0.05)
+            for what, steps in (("made-up", plausible(task)), ("recorded safe", data)):
+                shares = [cost(*steps, m).mean().item() for m in margins] if steps is not None else []
+                card += "".join(f" {x:.2%} of {what} steps at margin {m}," for x, m in zip(shares, margins))
+            if data is not None and shares[0] > 0.01:
+                raise CostError(f"it calls {shares[0]:.1%} of the recorded safe steps unsafe.")
+        except CostError as e:
+            why = str(e)
+            print(f"reply {attempt} of {attempts} is refused: {why}")
+            messages += [dict(role="assistant", content=reply),
+                         dict(role="user", content=f"This is refused: {why} Please put that right and give "
+                                                   "the whole function again in one fenced block.")]
+            continue
+        path = Path(out_dir or LLM_COSTS) / f"{task}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(cost_head(task, model) + "\n" + blocks[-1].strip() + "\n")
+        os.replace(part, path)                                      # whole or not at all
+        print(f"{path}: reply {attempt} of {attempts} by {model} passed; it calls unsafe{card[:-1]}.")
+        return path
+    raise CostError(f"none of {attempts} replies passed; the last one: {why}")
+
+
+def cost_head(task, model, day=None):
+    """The comment at the head of a cached predicate."""
+    model = re.sub(r"[^\w.:/@ -]", "?", model)[:100]
+    return ("# Written by a language model from the prompt with the hash below.\n"
+            f"# model:  {model}\n# day:    {day or datetime.date.today()}\n"
+            f"# prompt: {prompt_hash(task)} (SHA-256 of proco.prompt(\"{task}\"), first 16 digits)\n")
+
+def danger_distance(cost, obs, action, next_obs, top=1.0):
+    """How far next_obs is from danger, in the constraint's own unit (m, m/s): the smallest margin at which the
+    predicate calls it unsafe, by bisection. 0 within danger, `top` for all that is farther. -> (B,)"""
+    low, high = torch.zeros_like(next_obs[..., 0]), torch.full_like(next_obs[..., 0], top)
+    inside = cost(obs, action, next_obs, 0.0) > 0
+    for _ in range(8):
+        middle = (low + high) / 2
+        unsafe = cost(obs, action, next_obs, middle) > 0
+        low, high = torch.where(unsafe, low, middle), torch.where(unsafe, middle, high)
+    return torch.where(inside, 0, high)
+
+
+@torch.no_grad()
+def conservative_cost(model, cost, state, action, nexts, margin):
+    """c^(s, a) = max over the elites i of cost(s, a, s'_i, margin): state (B, S), nexts (E, B, S) -> (B,) 0 or 1.
+
+    ASSUMED: the margin is twice the model's own error of the distance to danger (model_margin)."""
+    task = model.task
+    return cost(decode(state, task), action, decode(nexts, task), margin).amax(0)
+
+
+@torch.no_grad()
+def model_margin(model, cost, data):
+    """Twice the root mean square error of the model's distance to danger one step ahead, over held-out steps nearer
+    than 0.5 to danger, in the constraint's unit (m, m/s). ASSUMED: two sigma, floor 0.01, at most 0.05."""
+    task = model.task
+    rows = ((data["episode"] % 10 == 9) & (data["danger"] < 0.5)).nonzero()[:, 0][:20_000]
+    state, action = data["state"][rows], data["action"][rows]
+    seen = danger_distance(cost, decode(state, task), action, decode(model.step(state, action)[0], task))
+    wrong = seen - data["danger"][rows]
+    # errors beyond 0.1 are objects that came into view or were drawn anew, which no margin can cover
+    wrong = wrong[wrong.abs() < 0.1]
+    return min(max(2 * float(wrong.square().mean().sqrt()), 0.01), 0.05) if len(wrong) else 0.05
+
+
+# =====================================================================================================================
+# 4. Counterfactual roll-outs: what did not happen
+# =====================================================================================================================
+
+LINGER = 10     # steps that a roll-out goes on after its first violation: leaving danger must be learnt, too
+RISKY = 10      # steps before a violation that count as risky, and are drawn more often in training
+
+
+@torch.no_grad()
+def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
+    """D_cf: drives the model from starts (N, S) for cfg.horizon steps -> dict of rows state, action, next_state,
+    cost and risky. FORK: other behaviours go here.
+
+    Members predict with their means, one elite is drawn for each roll-out (noise on every position would make the
+    nearest of many look nearer than it is); the conservative cost labels; rows past the model's limit of disagreement or
+    LINGER steps past the first violation are cut. Five behaviours, a fifth of the roll-outs each: the policy with
+    noise, one held random action, random actions, the action that Q_f fears most, and the one it fears least."""
+    count, device = len(starts), starts.device
+    draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+    behaviour = torch.arange(count, device=device) * 5 // count
+    member = torch.randint(len(model.elites), (count,), generator=generator, device=device)
+    parts = [(behaviour == b).nonzero()[:, 0] for b in range(5)]
+    held, noise = 2 * draw(count, model.task.act_dim) - 1, 0.5 * draw(count, 1)
+    state, alive, since, rows = starts, torch.ones(count, dtype=torch.bool, device=device), 0, []
+    for _ in range(cfg.horizon):
+        renew = draw(count, 1) < 0.3                                    # random, yet not so hasty as to average out
+        held[parts[2]] = torch.where(renew, 2 * draw(*held.shape) - 1, held)[parts[2]]
+        action = held.clone()
+        policy = agent.propose(state[parts[0]])
+        action[parts[0]] = policy + noise[parts[0]] * torch.randn(policy.shape, generator=generator, device=device)
+        for part, sign in ((parts[3], 1), (parts[4], -1)):
+            options = candidate_actions(agent.propose(state[part]), 8, generator)                 # (M, B, A)
+            fear = agent.danger(state[part], options)[..., 0]                                     # (M, B)
+            best = (sign * fear).argmax(0)
+            action[part] = options[best, torch.arange(len(part), device=device)]
+        action = action.clamp(-1, 1)
+        nexts = model.step(state, action)                                                         # (E, N, S)
+        unsafe = conservative_cost(model, cost, state, action, nexts, margin)
+        if len(nexts) > 1:
+            alive = alive & (model.disagreement(nexts) <= model.limit)
+        following = nexts[member, torch.arange(count, device=device)]
+        rows.append((state, action, following, unsafe, alive))
+        since = torch.where(unsafe + since > 0, since + 1, 0) if torch.is_tensor(since) else unsafe.clone()
+        alive = alive & (since <= LINGER)
+        state = following
+    state, action, following, unsafe, alive = (torch.stack(column) for column in zip(*rows))      # (H, N, .)
+    unsafe = unsafe * alive
+    ahead = F.max_pool1d(F.pad(unsafe.T[:, None], (0, RISKY)), RISKY + 1, 1)[:, 0].T              # (H, N)
+    keep, horizon = alive.bool(), len(alive)
+    step = torch.arange(horizon, device=device)[:, None].expand(-1, count)
+    hit = torch.where(unsafe > 0, step, 10 ** 6).flip(0).cummin(0).values.flip(0) - step          # steps to violation
+    final = torch.where(keep, step, -1).amax(0)                                                   # last kept step
+    index = (keep.flatten().cumsum(0) - 1).view(horizon, count)
+    last = index.gather(0, final.clamp(min=0)[None].expand(horizon, -1))
+    return dict(state=state[keep], action=action[keep], next_state=following[keep], cost=unsafe[keep],
+                risky=ahead[keep] > 0, hit=hit[keep].float(), wait=(final - step + 1)[keep].float(), last=last[keep])
+
+
+# =====================================================================================================================
+# 5. Feasibility: which states and actions still allow safety
+# =====================================================================================================================
+
+
+class Agent(nn.Module):
+    """All that a run learns besides the model, and how it acts. Networks see features(state).
+
+    actor        a = tanh(actor(s)), the policy's proposal             clone    the same, cloned from D, kept as it was
+    q_r          twin reward critics                                   q_r_slow their slow copy, for targets
+    q_s          twin safety critics with two outputs: Q_f, the feasibility value, and Q_c, the discounted cumulative
+                 cost (times 1 - gamma_f, so in [0, 1], too)
+    v_s          V_f and V_c, the least that an action can make of Q_f and Q_c
+    lam          lambda(s) >= 0, the multiplier"""
+
+    def __init__(self, task, cfg, data=None):
+        super().__init__()
+        self.task, self.method, self.eps, self.candidates = task, cfg.method, cfg.eps, cfg.candidates
+        size, hidden = len(task.sensors), cfg.hidden
+        sensors = data["state"][:, :size] if data else torch.ones(2, size)
+        std = sensors.std(0)
+        self.register_buffer("mean", sensors.mean(0))
+        self.register_buffer("std", torch.where(std > 1e-5, std, 1))
+        width, acts = self.features(torch.zeros(1, task.state_dim, device=sensors.device)).shape[-1], task.act_dim
+        net = lambda inputs, outputs, members=1: Mlp([inputs, hidden, hidden, outputs], members)
+        self.actor, self.clone = net(width, acts), net(width, acts)
+        self.q_r, self.q_r_slow = net(width + acts, 1, 2), net(width + acts, 1, 2)
+        self.q_s, self.v_s = net(width + acts, 2, 2), net(width, 2)
+        self.lam = net(width, 1)
+        self.q_r_slow.load_state_dict(self.q_r.state_dict())
+        self.clone.load_state_dict(self.actor.state_dict())
+        self.q_r_slow.requires_grad_(False)
+        self.to(sensors.device)
+
+    def features(self, state):
+        """What networks are fed: sensors standardised; of each object its position, its distance and a closeness
+        that is 1 at contact and 0 far away; for the circle, where the agent is in the world. (..., S) -> (..., F)"""
+        size = len(self.task.sensors)
+        parts = [(state[..., :size] - self.mean) / self.std]
+        if self.task.lidars:
+            xy = state[..., size:].unflatten(-1, (-1, 2))
+            distance = xy.norm(dim=-1)
+            parts += [xy.flatten(-2), distance, 2 * torch.exp(-3 * distance)]
+            if self.task.lidars[0].name == "circle":                    # compass = -0.5 (sin yaw, cos yaw)
+                sin, cos, x, y = -2 * state[..., 3], -2 * state[..., 4], -xy[..., 0, 0], -xy[..., 0, 1]
+                parts.append(torch.stack([cos * x - sin * y, sin * x + cos * y], -1))
+        return torch.cat(parts, -1)
+
+    def propose(self, state):
+        """The bare actor: state (B, S) -> (B, A) in [-1, 1]."""
+        return torch.tanh(self.actor(self.features(state))[0])
+
+    def danger(self, state, actions):
+        """The graver of the twins' Q_f and Q_c: state (B, S), actions (..., B, A) -> (..., B, 2)."""
+        features = self.features(state)
+        features = features.expand(*actions.shape[:-1], features.shape[-1])
+        inputs = torch.cat([features, actions], -1)
+        return self.q_s(inputs.flatten(0, -2)).amax(0).unflatten(0, inputs.shape[:-1])
+
+    def choose(self, state, generator=None):
+        """The policy with its feasibility filter: state (B, S) -> (B, A).
+
+        Like FISOR, which takes the safest of 16 sampled actions, the actor proposes and Q_f chooses: the candidate
+        nearest to the proposal among those with Q_f <= eps; if there is none, the one with the least Q_c."""
+        proposal = self.propose(state)
+        if self.method != "proco" or self.candidates == 0:
+            return proposal
+        generator = generator or torch.Generator(state.device).manual_seed(0)
+        options = candidate_actions(proposal, self.candidates, generator)                         # (M, B, A)
+        q_f, q_c = self.danger(state, options).unbind(-1)                                         # (M, B)
+        away = (options - proposal).square().sum(-1)
+        best = torch.where((q_f <= self.eps).any(0), torch.where(q_f <= self.eps, away, math.inf).argmin(0),
+                           q_c.argmin(0))
+        return options[best, torch.arange(len(state), device=state.device)]
+
+    def _state(self, obs):
+        return torch.as_tensor(encode(np.asarray(obs), self.task), device=self.mean.device)
+
+    @torch.no_grad()
+    def act(self, obs):
+        """Actions for observations: obs (B, O) -> (B, A), a float32 array in [-1, 1]."""
+        return self.choose(self._state(obs)).cpu().numpy()
+
+    @torch.no_grad()
+    def feasibility(self, obs):
+        """V_f of observations: obs (B, O) -> (B,) in [0, 1], a float32 array; feasible where it is <= self.eps."""
+        return self.v_s(self.features(self._state(obs)))[0, :, 0].clamp(0, 1).cpu().numpy()
+
+
+def candidate_actions(proposal, count, generator):
+    """Actions to choose from: proposal (B, A) -> (M, B, A). The proposal, the corners of the action box (bang-bang
+    agents need little else), noisy copies of the proposal and random actions, half each."""
+    size, device = proposal.shape[-1], proposal.device
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], device=device)] * size).view(-1, size) if size <= 2 \
+        else torch.randint(0, 2, (4, size), generator=generator, device=device) * 2.0 - 1
+    rest = max(0, count - 1 - len(corners))
+    noise = torch.randn(rest // 2, 1, size, generator=generator, device=device)
+    fresh = torch.rand(rest - rest // 2, size, generator=generator, device=device) * 2 - 1
+    shared = torch.cat([corners, fresh])[:, None].expand(-1, *proposal.shape)
+    return torch.cat([proposal[None], (proposal + 0.4 * noise).clamp(-1, 1), shared])
+
+
+def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator, end=None, hit=None, wait=None):
+    """How far Q and V are from what they should be, on rows of D and D_cf. FORK: other safety critics go here.
+
+        Q_f(s, a) <- (1 - gamma_f) c^ + gamma_f max(c^, V_f(s'))          (Fisac et al. 2019; Zheng et al. 2024)
+        Q_c(s, a) <- (1 - gamma_f) c^ + gamma_f V_c(s')
+        V(s)      <- min over candidates a of Q(s, a)
+
+    Outputs are linear and targets clamped to [0, 1]: a sigmoid that starts low hardly ever rises.
+    DEVIATION: V takes the minimum over actions sampled in the whole box instead of FISOR's low expectile over the
+    actions in the data. D_cf holds actions of all kinds, so Q is known over the box; the expectile would call a state
+    doomed where only one action in ten saves it (on the double integrator: IoU 0.67 against 0.88 after as long)."""
+    with torch.no_grad():
+        c = cost[:, None]
+        v_f, v_c = agent.v_s(agent.features(next_state))[0].clamp(0, 1).split(1, -1)
+        target = (1 - gamma_f) * c + gamma_f * torch.cat([torch.maximum(c, v_f), v_c], -1)        # (B, 2)
+        if end is not None:
+            v_end = agent.v_s(agent.features(end))[0, :, 0].clamp(0, 1)
+            bound = torch.where(hit < 1e5, gamma_f ** hit, gamma_f ** wait * v_end)
+            target[:, 0] = torch.minimum(target[:, 0], bound)
+        options = candidate_actions(agent.propose(state), 5, generator)
+        least = agent.danger(state, options).amin(0).clamp(0, 1)                                  # (B, 2)
+    features = agent.features(state)
+    q = agent.q_s(torch.cat([features, action], -1))                                              # (2, B, 2)
+    v = agent.v_s(features)[0]
+    return (q - target).square().mean() * 2 + (v - least).square().mean()
+
+
+# =====================================================================================================================
+# 6. Policy: Lagrangian TD3+BC on D and D_cf
+# =====================================================================================================================
+
+
+def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, generator):
+    """TD3's twin critics with smoothed target actions, on D alone: what a counterfactual state earns the data don't
+    tell (ASSUMED). reward and done (B,). Fujimoto et al. 2018."""
+    with torch.no_grad():
+        features = agent.features(next_state)
+        noise = 0.2 * torch.randn(action.shape, generator=generator, device=action.device)
+        following = (torch.tanh(agent.actor(features)[0]) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
+        worst = agent.q_r_slow(torch.cat([features, following], -1)).amin(0)[:, 0]
+        target = reward + gamma * (1 - done) * worst
+    return (agent.q_r(torch.cat([agent.features(state), action], -1))[..., 0] - target).square().mean() * 2
+
+
+def actor_loss(agent, state, action, cf_state, cfg):
+    """Lagrangian TD3+BC (Fujimoto and Gu 2021): rows of D, state and action, and rows of D_cf, cf_state.
+
+        feasible states:    - Q_r / |Q_r| + bc_weight (pi - a)^2 + lambda(s) Q_f(s, pi)
+        infeasible states:  Q_c(s, pi), the way back, weighed like a hard constraint
+
+    Reward and cloning count on D alone, safety on both. -> loss, and Q_f(s, pi) - eps with its mask of feasible
+    states for the dual step. FORK: another policy objective goes here."""
+    features = agent.features(state)
+    pi = torch.tanh(agent.actor(features)[0])
+    clone = (pi - action).square().mean(-1)
+    if cfg.method == "bc":
+        return clone.mean(), None, None
+    q_r = agent.q_r(torch.cat([features, pi], -1))[0, :, 0]
+    gain = -q_r / q_r.abs().mean().detach() + cfg.bc_weight * clone * 2
+    if cfg.method == "td3bc":
+        return gain.mean(), None, None
+    cf_features = agent.features(cf_state)
+    every = torch.cat([features, cf_features])
+    actions = torch.cat([pi, torch.tanh(agent.actor(cf_features)[0])])
+    q_f, q_c = agent.q_s(torch.cat([every, actions], -1)).amax(0).unbind(-1)
+    with torch.no_grad():
+        feasible = agent.v_s(every)[0, :, 0] <= agent.eps
+        lam = multiplier(agent, every)
+    safety = torch.where(feasible, lam * q_f, 20 * q_c)
+    loss = (feasible[:len(state)] * gain).mean() + safety.mean()
+    return loss, q_f.detach() - agent.eps, (feasible, every.detach())
+
+
+def multiplier(agent, features):
+    """lambda(s) in [0, 50]: features (B, F) -> (B,). DEVIATION: a small network instead of one number (Ma et al. 2021):
+    the constraint binds on one state in fifty, and their average is satisfied long before those are safe."""
+    return (5 * F.softplus(agent.lam(features)[0, :, 0])).clamp(max=50)
+
+
+def dual_step(agent, excess, feasible, features):
+    """Dual ascent's loss: lambda(s) rises where Q_f(s, pi(s)) > eps at feasible states, and falls elsewhere."""
+    return -(multiplier(agent, features) * excess * feasible).mean()
+
+
+# =====================================================================================================================
+# 7. Evaluation in the simulator
+# =====================================================================================================================
+
+
+def drive(agent, name, seeds, act=None):
+    """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each (seed, return, cost,
+    length, observations (T, O), costs (T,))."""
+    envs = [make_env.__wrapped__(name) for _ in seeds]
+    obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
+    rows = [SimpleNamespace(seed=int(seed), ret=0.0, cost=0.0, length=0, obs=[], costs=[], actions=[]) for seed in seeds]
+    alive = list(range(len(envs)))
+    while alive:
+        actions, going = (act or agent.act)(obs[alive]), []
+        for i, action in zip(alive, actions):
+            rows[i].obs.append(obs[i].astype(np.float32))
+            rows[i].actions.append(action)
+            obs[i], reward, cost, terminated, truncated, _ = envs[i].step(action)
+            rows[i].ret, rows[i].cost, rows[i].length = rows[i].ret + reward, rows[i].cost + cost, rows[i].length + 1
+            rows[i].costs.append(cost)
+            if not (terminated or truncated):
+                going.append(i)
+        alive = going
+    return rows
+
+
+def drive_checkpoint(folder, name, seeds, behaviour):
+    """One worker's share of an evaluation: behaviour is policy, bare or clone."""
+    torch.set_num_threads(1)
+    agent = load_run(folder)
+    if behaviour == "bare":
+        agent.candidates = 0
+    act = None
+    if behaviour == "clone":
+        act = lambda obs: torch.tanh(agent.clone(agent.features(agent._state(obs)))[0]).detach().numpy()
+    return drive(agent, name, seeds, act)
+
+
+def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
+    """Drives a run's agent in the simulator, in parallel processes: the last weights, the same episode seeds for
+    every method -> list of episodes, by seed."""
+    shares = [range(first_seed + w, first_seed + episodes, min(WORKERS, episodes)) for w in range(min(WORKERS, episodes))]
+    work = functools.partial(drive_checkpoint, str(folder), name, behaviour=behaviour)
+    if name == "DoubleIntegrator":
+        rows = [row for share in shares for row in work(share)]
+    else:
+        with ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn")) as pool:
+            rows = [row for part in pool.map(work, shares) for row in part]
+    return sorted(rows, key=lambda row: row.seed)
+
+
+def area_under_curve(scores, labels):
+    """Chance that a positive scores above a negative (ties count half): scores, labels (B,) -> float."""
+    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    positive = labels.sum()
+    return float((ranks[labels].sum() - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))
+
+
+def warning_table(agent, cost, rows, steps=(1, 5, 10, 20)):
+    """How well V_f, and the plain distance to danger, foretell a violation within k steps -> [(k, AUC of V_f, AUC of
+    distance, share of positives)]. Steps inside a violation are left out: they need no warning."""
+    scores, gaps, times = [], [], []
+    for row in rows:
+        obs, costs = np.stack(row.obs), np.array(row.costs) > 0
+        seen = torch.as_tensor(obs)
+        gaps.append(danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy())
+        scores.append(agent.feasibility(obs))
+        ahead = np.where(costs, np.arange(len(costs)), 10 ** 9)
+        ahead = np.minimum.accumulate(ahead[::-1])[::-1] - np.arange(len(costs)) + 1.0            # steps until
+        ahead[1:][costs[:-1]] = -1                                                                # already inside
+        times.append(ahead)
+    scores, gaps, times = map(np.concatenate, (scores, gaps, times))
+    outside = times > 0
+    return [(k, area_under_curve(scores[outside], times[outside] <= k), area_under_curve(-gaps[outside],
+             times[outside] <= k), float((times[outside] <= k).mean())) for k in steps]
+
+
+# =====================================================================================================================
+# 8. A run: train, evaluate, keep
+# =====================================================================================================================
+
+WARNINGS = []                                   # what results.json must tell besides the numbers
+
+
+def warn(text):
+    """Says loudly, and for results.json, that the program took another way than the reader may expect."""
+    WARNINGS.append(text)
+    tqdm.write(f"WARNING: {text}", file=sys.stderr)
+
+
+def progress(iterable, desc, **more):
+    """A progress bar with what is left."""
+    return tqdm(iterable, desc, dynamic_ncols=True, mininterval=0.5, file=sys.stdout, **more)
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A temporary name beside path, renamed to it at the end: readers see the whole file or none."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise ProcoError(f"can't write {path}: {error.strerror or error}; check the folder and the disk") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_table(path, rows):
+    """A CSV file from dicts; what a row lacks stays empty."""
+    with whole(path) as part, open(part, "w", newline="") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def adam(*nets, rate=3e-4):
+    return torch.optim.Adam([p for net in nets for p in net.parameters()], rate, fused=True)
+
+
+def descend(optimiser, loss):
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+class Learner:
+    """The training of one run, as what a checkpoint must hold and one update. Sections 4 to 6 do the work."""
+
+    def __init__(self, cfg, task, data, cost, model, margin):
+        self.cfg, self.data, self.cost, self.model, self.margin = cfg, data, cost, model, margin
+        self.generator = torch.Generator(data["state"].device).manual_seed(cfg.seed + 2)
+        self.agent = Agent(task, cfg, data)
+        agent = self.agent
+        self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
+                               safety=adam(agent.q_s, agent.v_s, rate=5e-4), lam=adam(agent.lam, rate=1e-3))
+        self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
+        self.step, self.cf, self.snapshots, self.metrics = 0, None, [], []
+        self.clone_updates = max(1, round(cfg.clone_updates * cfg.scale))
+        self.updates = 0 if cfg.method == "bc" else max(1, round(cfg.updates * cfg.scale))
+        self.near = data["danger"].argsort()[:max(1, len(data["danger"]) // 4)]
+
+    def draw(self, count, rows):
+        return torch.randint(rows, (count,), generator=self.generator, device=self.data["state"].device)
+
+    def clone_update(self):
+        """Behaviour cloning: the method bc, the first policy that is rolled out, and what --diagnose drives."""
+        rows = self.draw(self.cfg.batch, len(self.data["state"]))
+        state, action = self.data["state"][rows], self.data["action"][rows]
+        agent = self.agent
+        loss = (torch.tanh(agent.clone(agent.features(state))[0]) - action).square().mean()
+        descend(self.optimisers["clone"], loss)
+        if self.step == self.clone_updates - 1:
+            agent.actor.load_state_dict(agent.clone.state_dict())
+        return dict(clone_loss=loss.detach())
+
+    def roll_out(self):
+        """One round of counterfactual roll-outs with the current policy, added to D_cf. Starts: a quarter from all of
+        D, half from its quarter nearest to danger, a quarter from earlier roll-outs, that is off every track."""
+        cfg, data = self.cfg, self.data
+        self.snapshots.append((copy.deepcopy(self.agent.state_dict()), self.generator.get_state()))
+        count = max(20, round(cfg.rollouts * cfg.scale) // ROUNDS)
+        starts = [data["state"][self.draw(count // 4, len(data["state"]))],
+                  data["state"][self.near[self.draw(count // 2, len(self.near))]]]
+        source = self.cf["state"] if self.cf else data["state"]
+        starts = torch.cat([*starts, source[self.draw(count - len(starts[0]) - len(starts[1]), len(source))]])
+        starts = starts[torch.randperm(count, generator=self.generator, device=starts.device)]
+        new = counterfactual_rollouts(self.model, self.cost, self.agent, starts, cfg, self.margin, self.generator)
+        self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
+        self.risky = self.cf["risky"].nonzero()[:, 0]
+
+    def sample_cf(self, count):
+        """Rows of D_cf: half at random, half from those at or before a violation."""
+        rows = self.draw(count - count // 2, len(self.cf["state"]))
+        if len(self.risky):
+            rows = torch.cat([rows, self.risky[self.draw(count // 2, len(self.risky))]])
+        return {key: self.cf[key][rows] for key in ("state", "action", "next_state", "cost")}
+
+    def update(self):
+        """One update of every network; actor, reward critics and multiplier every second time (TD3)."""
+        cfg, agent, step, logs = self.cfg, self.agent, self.step - self.clone_updates, {}
+        with_model = cfg.method == "proco"
+        if with_model and step % math.ceil(self.updates / ROUNDS) == 0:
+            self.roll_out()
+        for name, optimiser in self.optimisers.items():                 # constant, then falling to nothing
+            optimiser.param_groups[0]["lr"] = self.rates[name] * min(1, 2 * (1 - step / self.updates))
+        rows = self.draw(cfg.batch, len(self.data["state"]))
+        d = {key: self.data[key][rows] for key in ("state", "action", "reward", "next_state", "done", "danger")}
+        if with_model:
+            cf, half = self.sample_cf(cfg.batch), cfg.batch // 2
+            d["cost"] = (d["danger"] <= self.margin).float()            # the margin holds for what was recorded, too
+            mixed = (torch.cat([d[key][:half], cf[key]]) for key in ("state", "action", "next_state", "cost"))
+            loss = feasibility_loss(agent, *mixed, cfg.gamma_f, self.generator)
+            descend(self.optimisers["safety"], loss)
+            logs["feasibility_loss"] = loss.detach()
+        if step % 2 == 0:
+            loss = reward_critic_loss(agent, d["state"], d["action"], d["reward"], d["next_state"], d["done"], cfg.gamma,
+                                      self.generator)
+            descend(self.optimisers["q_r"], loss)
+            torch._foreach_lerp_(list(agent.q_r_slow.parameters()), [p.data for p in agent.q_r.parameters()], 0.01)
+            logs["reward_loss"] = loss.detach()
+            loss, excess, constrained = actor_loss(agent, d["state"], d["action"], cf["state"] if with_model else None, cfg)
+            descend(self.optimisers["actor"], loss)
+            logs["actor_loss"] = loss.detach()
+            if with_model:
+                feasible, features = constrained
+                descend(self.optimisers["lam"], dual_step(agent, excess, feasible, features))
+                logs |= dict(lam=multiplier(agent, features).mean().detach(), infeasible_share=1 - feasible.float().mean(),
+                             excess=(excess.clamp(min=0) * feasible).mean())
+        return logs
+
+    def state(self):
+        return dict(step=self.step, agent=self.agent.state_dict(), generator=self.generator.get_state(),
+                    optimisers={name: o.state_dict() for name, o in self.optimisers.items()},
+                    snapshots=self.snapshots, metrics=self.metrics)
+
+    def restore(self, saved):
+        """Takes up a checkpoint. D_cf is not kept but rolled out again, from the agents and the random states of the
+        time, which is exact and takes seconds."""
+        for agent, random in saved["snapshots"]:
+            self.agent.load_state_dict(agent)
+            self.generator.set_state(random)
+            self.roll_out()
+        self.snapshots, self.step, self.metrics = saved["snapshots"], saved["step"], saved["metrics"]
+        self.agent.load_state_dict(saved["agent"])
+        self.generator.set_state(saved["generator"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(saved["optimisers"][name])
+
+def interruptible():
+    """A list that Ctrl-C and SIGTERM fill, so that training leaves between two updates with a checkpoint."""
+    asked = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        try:
+            signal.signal(name, lambda number, frame: asked.append(number) or (len(asked) > 2 and sys.exit(130)))
+        except ValueError:                      # not in the main thread: whoever is in charge there decides
+            break
+    return asked
+
+
+def train(cfg, task, data, cost, folder, resume):
+    """Steps 2 to 6 -> (Learner, seconds of each step, the dynamics report). Checkpoints in folder/checkpoint.pt; with
+    resume it goes on from there, on a CPU bit for bit as if it had never stopped."""
+    path, seconds, saved = folder / "checkpoint.pt", {}, None
+    if resume and path.exists():
+        saved = torch.load(path, map_location=data["state"].device, weights_only=False)
+        differs = [key for key, value in saved["config"].items() if value != dataclasses.asdict(cfg)[key]]
+        if differs:
+            raise ProcoError(f"{path} was trained with other settings ({', '.join(differs)}); use another --out")
+    torch.manual_seed(cfg.seed)                 # weights; everything else is drawn from generators of its own
+    start, model, report, margin = time.time(), None, {}, cfg.margin
+    if cfg.method == "proco":
+        if saved:
+            model = Dynamics(task, cfg.ensemble, cfg.hidden // 2).to(data["state"].device).requires_grad_(False)
+            model.elites = saved["model"]["elites"]
+            model.load_state_dict(saved["model"])
+            report, margin, seconds = saved["report"], saved["margin"], saved["seconds"]
+            torch.set_rng_state(saved["random"])
+        else:
+            model = train_dynamics(data, task, cfg, torch.Generator(data["state"].device).manual_seed(cfg.seed + 1))
+            report = dynamics_report(model, data)
+            margin = cfg.margin if cfg.margin >= 0 else model_margin(model, cost, data)
+            seconds["dynamics"] = time.time() - start
+        print_dynamics(report, margin)
+    random = torch.get_rng_state()
+    learner = Learner(cfg, task, data, cost, model, margin)
+    if saved:
+        learner.restore(saved["learner"])
+
+    def checkpoint():
+        with whole(path) as part:
+            torch.save(dict(config=dataclasses.asdict(cfg), model=model and model.state_dict(), report=report,
+                            margin=margin, seconds=seconds, random=random, learner=learner.state()), part)
+
+    if not saved:
+        checkpoint()
+    asked, total = interruptible(), learner.clone_updates + learner.updates
+    for name, end in (("clone", learner.clone_updates), ("policy", total)):
+        start, begun, ahead = time.time(), learner.step, end - learner.step
+        bar = progress(None, f"{'5+6 feasibility and policy' if name == 'policy' else '0 cloned policy'}", total=end,
+                       initial=begun) if ahead > 0 else None
+        while learner.step < end:
+            logs = learner.clone_update() if name == "clone" else learner.update()
+            learner.step += 1
+            last = learner.step == end
+            if learner.step % 200 == 0 or last:
+                logs = {key: float(value) for key, value in logs.items()}
+                if not all(map(math.isfinite, logs.values())):
+                    raise ProcoError(f"a loss is no longer finite at update {learner.step} ({logs}); {path} keeps the last "
+                                     "good state: lower the learning rates or look at the data")
+                learner.metrics.append(dict(step=learner.step, stage=name, **logs))
+                bar.update(learner.step - bar.n)
+                bar.set_postfix_str(" ".join(f"{key.replace('_loss', '')} {value:.3g}" for key, value in logs.items()))
+            if learner.step % 2000 == 0 or last or asked:
+                seconds[name] = seconds.get(name, 0) + time.time() - start
+                start = time.time()
+                checkpoint()
+            if asked:
+                raise ProcoError(f"stopped at update {learner.step} of {total}; the same command with --resume goes on")
+        if bar is not None:
+            bar.close()
+    return learner, seconds, report
+
+
+def print_dynamics(report, margin):
+    """The dynamics report as a table."""
+    print("   block      R^2 of the change   error after 1 / 5 / 10 / 15 steps          'nothing changes'")
+    for name, row in report.items():
+        errors, still = ("  ".join(f"{v:8.4f}" for v in row[key]) for key in ("error", "nothing_changes"))
+        print(f"   {name:<10} {row['r2']:12.4f}   {errors}   {still}")
+    print(f"   margin of the conservative cost: {margin:.4f}")
+
+
+def load_run(folder, device="cpu"):
+    """The agent of a finished run: .act(obs (B, O)) -> (B, A), .feasibility(obs (B, O)) -> (B,), .eps.
+
+    Raises ProcoError where there is no run."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise ProcoError(f"{path} is not there: train first, or give another folder")
+    saved = torch.load(path, map_location=device, weights_only=False)
+    cfg = Config(**saved["config"])
+    agent = Agent(get_task(cfg.task, cfg.raw_obs), cfg)
+    agent.load_state_dict(saved["learner"]["agent"])
+    return agent.to(device).requires_grad_(False)
+
+
+def normalised(name, returns, costs):
+    """DSRL's normalised return and cost (at a limit of 20): (R - R_min) / (R_max - R_min), C / limit; None where
+    DSRL knows no such task. Reads dsrl/infos.py without importing dsrl, whose import wants simulators not used here."""
+    package = importlib.util.find_spec("dsrl")
+    if package is None or name == "DoubleIntegrator":
+        return None, None
+    infos = runpy.run_path(str(Path(package.submodule_search_locations[0]) / "infos.py"))
+    low, high = infos["MIN_EPISODE_REWARD"][name], infos["MAX_EPISODE_REWARD"][name]
+    return (returns - low) / (high - low), costs / 20
+
+
+def summary(name, rows):
+    """What results.json says of evaluation episodes."""
+    returns, costs = (np.array([getattr(row, key) for row in rows]) for key in ("ret", "cost"))
+    scores = normalised(name, returns.mean(), costs.mean())
+    return dict(episodes=len(rows), return_mean=returns.mean(), return_std=returns.std(), cost_mean=costs.mean(),
+                cost_std=costs.std(), zero_cost_share=(costs == 0).mean(), normalized_return=scores[0],
+                normalized_cost=scores[1])
+
+
+def versions():
+    """What the numbers were made with."""
+    out = dict(python=sys.version.split()[0])
+    for name in ("torch", "numpy", "safety-gymnasium", "mujoco", "gymnasium"):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = None
+    return out
+
+
+def run(cfg, resume=False):
+    """Everything, from data to results -> the content of results.json."""
+    WARNINGS.clear()
+    begin, task = time.time(), get_task(cfg.task, cfg.raw_obs)
+    if cfg.method not in METHODS:
+        raise ProcoError(f"there is no method called {cfg.method!r}; there are {', '.join(METHODS)}")
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ProcoError("--device cuda: torch sees no GPU here; leave --device out to train on the CPU")
+    installed = versions()
+    if cfg.task != "DoubleIntegrator" and (installed["mujoco"] or "").startswith("3"):
+        warn(f"mujoco {installed['mujoco']} drives other paths than the 2.3 of the DSRL data and of published scores")
+    folder = Path(cfg.out) / cfg.task / cfg.method / f"seed{cfg.seed}"
+    with whole(folder / "config.json") as part:
+        part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    cost = load_cost(cfg.task)
+    source, path = find_data(cfg)
+    arrays, facts = load_data(path, task, cfg.max_episode_cost)
+    print(f"1 data: {source} {path}: {facts['episodes']} of {facts['of_episodes']} episodes kept, {facts['transitions']} "
+          f"transitions, return {facts['return_mean']:.2f}, {facts['unsafe_share']:.2%} unsafe")
+    data = to_device(arrays, task, cost, device)
+    seconds = dict(data=time.time() - begin)
+    learner, trained, report = train(cfg, task, data, cost, folder, resume)
+    print(f"   warning time: V_f = {cfg.gamma_f:g}^k says a violation in k steps can't be avoided; eps = {cfg.eps:g} warns "
+          f"{math.log(cfg.eps) / math.log(cfg.gamma_f):.0f} steps ahead")
+    write_table(folder / "metrics.csv", learner.metrics)
+    start = time.time()
+    rows = evaluate(folder, cfg.task, cfg.eval_episodes)
+    seconds |= trained | dict(evaluation=time.time() - start, total=time.time() - begin)
+    write_table(folder / "episodes.csv", [dict(seed=row.seed, **{"return": row.ret}, cost=row.cost, length=row.length)
+                                          for row in rows])
+    results = dict(task=cfg.task, method=cfg.method, seed=cfg.seed, data=dict(source=source, path=str(path), **facts),
+                   dynamics=report, margin=learner.margin, eval=summary(cfg.task, rows), timing=seconds, versions=installed,
+                   warnings=list(WARNINGS))
+    with whole(folder / "results.json") as part:
+        part.write_text(json.dumps(results, indent=1, default=float))
+    score = results["eval"]
+    print(f"7 evaluation: {cfg.task} {cfg.method}: return {score['return_mean']:.2f} +- {score['return_std']:.2f}, cost "
+          f"{score['cost_mean']:.2f} +- {score['cost_std']:.2f}, {score['zero_cost_share']:.0%} of {len(rows)} episodes "
+          f"without a violation" + (f"; normalised return {score['normalized_return']:.3f}, cost at limit 20 "
+          f"{score['normalized_cost']:.3f}" if score["normalized_return"] is not None else ""))
+    print(f"   {folder}/results.json after {results['timing']['total']:.0f} s" + "".join(f"\n   NOTE: {w}" for w in WARNINGS))
+    return results
+
+
+def diagnose(folder, episodes=20):
+    """What a run's feasibility value knows, before any policy is believed: its AUC against that of the plain distance
+    on episodes of the cloned policy, the policy with and without its filter, and the dynamics report."""
+    saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=False) if load_run(folder) else None
+    cfg = Config(**saved["config"])
+    if saved["report"]:
+        print_dynamics(saved["report"], saved["margin"])
+    rows = {kind: evaluate(folder, cfg.task, episodes, behaviour=kind) for kind in ("clone", "bare", "policy")}
+    for kind, words in (("clone", "the cloned policy"), ("bare", "the bare actor"), ("policy", "actor and filter")):
+        score = summary(cfg.task, rows[kind])
+        print(f"   {words:<18} return {score['return_mean']:7.2f}   cost {score['cost_mean']:7.2f}   "
+              f"violation-free {score['zero_cost_share']:.0%}")
+    print("   foretelling a violation of the cloned policy within k steps: AUC of")
+    print("    k     V_f   distance   share of steps")
+    for k, value, gap, share in warning_table(load_run(folder), load_cost(cfg.task), rows["clone"]):
+        print(f"   {k:2d}  {value:.4f}     {gap:.4f}   {share:.2%}")
+
+
+def parse(argv):
+    """The command line as (Config, the other flags); --help is made from Config's fields."""
+    parser = argparse.ArgumentParser(prog="proco.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description=__doc__.split("Legend")[0])
+    for field in dataclasses.fields(Config):
+        flag, text = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} (default: {field.default})"
+        if field.type is bool or field.type == "bool":
+            parser.add_argument(flag, action="store_true", help=field.metadata["help"])
+        else:
+            parser.add_argument(flag, type=type(field.default), default=field.default, metavar="X", help=text.replace("%", "%%"))
+    parser.add_argument("--resume", action="store_true", help="go on where a run with the same settings was stopped")
+    parser.add_argument("--diagnose", metavar="RUN", help="print what the run in folder RUN knows, and leave")
+    parser.add_argument("--write-cost", action="store_true", help="have a language model write the task's cost predicate")
+    parser.add_argument("--llm-url", default=os.environ.get("PROCO_LLM_URL"), help="an OpenAI-compatible endpoint, "
+                        "such as http://localhost:11434/v1 (default: the environment's PROCO_LLM_URL)")
+    parser.add_argument("--llm-model", default=os.environ.get("PROCO_LLM_MODEL"), help="its model (PROCO_LLM_MODEL)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an expected failure")
+    args = vars(parser.parse_args(argv))
+    cfg = Config(**{field.name: args.pop(field.name) for field in dataclasses.fields(Config)})
+    return cfg, SimpleNamespace(**args)
+
+
+def main(argv=None):
+    """The command line -> exit code: 0, or 2 with one sentence on stderr."""
+    cfg, more = parse(argv)
+    try:
+        if more.diagnose:
+            diagnose(more.diagnose, cfg.eval_episodes)
+        elif more.write_cost:
+            if not (more.llm_url and more.llm_model):
+                raise ProcoError("--write-cost needs --llm-url and --llm-model (or PROCO_LLM_URL and PROCO_LLM_MODEL)")
+            write_cost(cfg.task, more.llm_url, more.llm_model)
+        else:
+            run(cfg, more.resume)
+        return 0
+    except ProcoError as error:
+        if more.debug:
+            raise
+        print(f"proco: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("proco: interrupted before there was anything to keep; start again", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
