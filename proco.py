@@ -31,17 +31,14 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import datetime
 import difflib
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
 import multiprocessing
 import os
-import re
 import runpy
 import signal
 import sys
@@ -58,14 +55,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from llm_costs import language
+from llm_costs.language import CostError, ProcoError
+
 HERE = Path(__file__).resolve().parent
 METHODS = ("bc", "td3bc", "proco")
 ROUNDS = 6                                      # of counterfactual roll-outs, spread over the policy's training
 DRIVER = "v1"                                   # of the scripted driver, in the names of the files it made
-
-
-class ProcoError(Exception):
-    """Something a user can put right; the message is one sentence that says how."""
 
 
 def knob(default, text):
@@ -543,8 +539,8 @@ def load_data(path, task, max_episode_cost=0.0):
     Raises ProcoError, in one sentence, for whatever is wrong with the file."""
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
-        what = "there is no such file" if not Path(path).exists() else f"it is cut off or no HDF5 ({error})"
+    except OSError:
+        what = "there is no such file" if not Path(path).exists() else "it is cut off or no HDF5"
         raise ProcoError(f"can't read {path}: {what}") from None
     with file:
         missing = [key for key in KEYS if key not in file]
@@ -556,6 +552,9 @@ def load_data(path, task, max_episode_cost=0.0):
                 raise ProcoError(f"{key} in {path} has the shape {file[key].shape}; {task.name} needs {(count, *width)}")
         try:
             rewards, costs, terminals, timeouts = (file[key][:].astype(np.float32) for key in KEYS[3:])
+            for key, array in zip(KEYS[3:], (rewards, costs, terminals, timeouts)):
+                if not np.isfinite(array).all():
+                    raise ProcoError(f"{key} in {path} holds NaN or infinity")
             ends = np.flatnonzero((terminals > 0) | (timeouts > 0))
             if not len(ends):
                 raise ProcoError(f"{path} marks no end of an episode in terminals or timeouts")
@@ -570,11 +569,13 @@ def load_data(path, task, max_episode_cost=0.0):
             arrays = {key: np.concatenate([file[key][run[0]:run[-1] + 1] for run in runs]).astype(np.float32)
                       for key in KEYS[:3]}
         except OSError as error:
-            raise ProcoError(f"can't read {path}: it is damaged ({error})") from None
+            raise ProcoError(f"can't read {path}: it is damaged ({type(error).__name__})") from None
     arrays |= dict(rewards=rewards[kept], costs=costs[kept], terminals=terminals[kept], timeouts=timeouts[kept])
     for key, array in arrays.items():
         if not np.isfinite(array).all():
             raise ProcoError(f"{key} in {path} holds NaN or infinity")
+    if len(np.unique(episode[kept])) < 2:
+        raise ProcoError(f"{path} has one safe episode; two are the least, as one is held out")
     if np.abs(arrays["actions"]).max() > 1.001:
         raise ProcoError(f"actions in {path} leave [-1, 1]: the largest is {np.abs(arrays['actions']).max():.3g}")
     arrays["episode"] = np.unique(episode[kept], return_inverse=True)[1]
@@ -584,8 +585,8 @@ def load_data(path, task, max_episode_cost=0.0):
 
 
 def to_device(arrays, task, cost, device):
-    """D as every later step wants it: tensors state, action, reward, next_state, cost, done, episode, and danger, the
-    distance of s' to danger by the predicate, on the device."""
+    """D as every later step wants it: tensors state, action, reward, next_state, cost, done, episode, held_out (bool,
+    kept from the dynamics model) and danger, the distance of s' to danger by the predicate, on the device."""
     tensor = lambda array: torch.as_tensor(array, device=device)
     state, next_state = (np.concatenate([encode(arrays[key][at:at + 65_536], task)
                                          for at in range(0, len(arrays[key]), 65_536)])
@@ -593,6 +594,8 @@ def to_device(arrays, task, cost, device):
     data = dict(state=tensor(state), action=tensor(arrays["actions"]), reward=tensor(arrays["rewards"]),
                 next_state=tensor(next_state), cost=tensor(arrays["costs"]), done=tensor(arrays["terminals"]),
                 episode=tensor(arrays["episode"]))
+    last = data["episode"][-1] + 1                                      # the last tenth of the episodes is held out
+    data["held_out"] = data["episode"] >= last - max(1, last // 10)
     data["danger"] = torch.cat([danger_distance(cost, decode(s, task), a, decode(n, task)) for s, a, n in zip(
         *(data[key].split(65_536) for key in ("state", "action", "next_state")))])
     return data
@@ -730,7 +733,7 @@ def train_dynamics(data, task, cfg, generator):
     model.low, model.high = sensors.amin(0) - reach, sensors.amax(0) + reach
     model.shift = torch.stack([delta[:, mine][trusted[:, mine]].square().mean().sqrt().clamp(min=1e-3)
                                for mine in object_slices(task)]) if task.lidars else model.shift
-    held_out = data["episode"] % 10 == 9
+    held_out = data["held_out"]
     train, test = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     test = test[torch.randperm(len(test), generator=generator, device=device)[:8192]]
     optimiser = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
@@ -787,7 +790,7 @@ def dynamics_report(model, data, steps=(1, 5, 10, 15)):
     -> {block: {"r2": one-step R^2 of the change, "error": [root mean square after k open-loop steps of the mean
     member, in the block's unit], "nothing_changes": [the same of the start]}}"""
     task, episode = model.task, data["episode"]
-    starts = ((episode % 10 == 9) & (torch.arange(len(episode), device=episode.device) + max(steps) < len(episode)))
+    starts = (data["held_out"] & (torch.arange(len(episode), device=episode.device) + max(steps) < len(episode)))
     starts = starts.nonzero()[:, 0]
     starts = starts[episode[starts] == episode[starts + max(steps)]][::7]
     parts, report = blocks(task), {}
@@ -811,182 +814,41 @@ def dynamics_report(model, data, steps=(1, 5, 10, 15)):
 # 3. Cost: a predicate written by a language model, which nobody has to trust
 # =====================================================================================================================
 
-LLM_COSTS = Path(os.environ.get("LLM_COSTS", "/work/main/llm_costs"))
-
-
-class CostError(ProcoError):
-    """A cost predicate is refused; the message says in one sentence why (a language model reads it, too)."""
-
-
-def prompt(task):
-    """What a language model is told: the template and the paragraphs of KNOWLEDGE.md of whose heading a word
-    is found in the task's name. Where the lidars lie comes from the table that the encoder uses."""
-    if task not in TASKS:
-        raise CostError(f"no knowledge of a task called {task}")
-    pieces = re.split(r"^## (.+)$", (LLM_COSTS / "KNOWLEDGE.md").read_text(), flags=re.M)[1:]
-    told = [body.strip() for words, body in zip(pieces[::2], pieces[1::2])
-            if any(re.search(word.strip(), task) for word in words.split(","))]
-    facts = get_task(task)
-    layout = "\n".join(f"* {L.start} to {L.start + BINS - 1}: the {L.name} lidar, MAX = {L.reach:g} m"
-                       for L in facts.lidars)
-    text = (LLM_COSTS / "PROMPT.md").read_text().replace("{knowledge}", "\n\n".join(told))
-    return (text.replace("{lidars}", layout).replace("{task}", task).replace("{obs_dim}", str(facts.obs_dim))
-            .replace("{act_dim}", str(facts.act_dim)))
-
-
-def prompt_hash(task):
-    return hashlib.sha256(prompt(task).encode()).hexdigest()[:16]
-
-
 @functools.lru_cache
-def sandbox():
-    """The module llm_costs/sandbox.py, the fence around a stranger's code; found beside this file wherever that lies."""
-    spec = importlib.util.spec_from_file_location("proco_sandbox", LLM_COSTS / "sandbox.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def compile_cost(text, task, data=None):
-    """A predicate's source -> cost(obs (..., O), action (..., A), next_obs (..., O), margin=0.0) -> (...) of 0. and 1.
-
-    Nothing of it runs before its syntax tree has passed a whitelist (llm_costs/sandbox.py); then it has to behave on
-    made-up steps and on `data`, (obs, action, next_obs) as recorded. Raises CostError. A call costs some milliseconds
-    beside its tensor work, so large batches are cheap and small ones are not."""
+def load_cost(name):
+    """The cost predicate of a task: cost(obs (..., O), action (..., A), next_obs (..., O), margin=0.0) -> (...) of 0. and
+    1. for next_obs, `margin` widening the danger in its own unit (m, m/s). Read from llm_costs/<name>.py, compiled and
+    checked. Raises CostError. FORK: a cost of your own goes here."""
     try:
-        guarded = sandbox().fence_in(text, task)
-    except sandbox().Refused as error:
-        raise CostError(str(error)) from None
-
-    def cost(obs, action, next_obs, margin=0.0, seconds=math.inf):
-        try:
-            return guarded(obs, action, next_obs, margin, seconds)
-        except sandbox().Refused as error:
-            raise CostError(str(error)) from None
-
-    check_behaviour(cost, plausible(task))
-    if data is not None:
-        check_behaviour(cost, [torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in data], both=False)
-    return cost
-
-
-def plausible(task, rows=512):
-    """Made-up (obs, action, next_obs) to try a predicate on: sensors at random (yaw as a magnetometer shows
-    it), every lidar with up to four objects at any distance, now and then one that sees nothing."""
-    rng, facts = np.random.default_rng(0), get_task(task)
-    obs = rng.normal(0, 3, (2, rows, facts.obs_dim))
-    if facts.lidars:
-        yaw = rng.uniform(-np.pi, np.pi, (2, rows))
-        obs[..., 9], obs[..., 10] = -0.5 * np.sin(yaw), -0.5 * np.cos(yaw)
-        for L in facts.lidars:
-            near = np.clip(1 - rng.uniform(0, 1.5, (2, rows, 4, 1)), 0, 1)
-            near = near * (rng.random((2, rows, 1, 1)) < 0.9)
-            off = (np.arange(BINS) - rng.uniform(0, BINS, (2, rows, 4, 1)) + 8) % BINS - 8
-            obs[..., L.start:L.start + BINS] = (near * np.clip(np.minimum(2 + off, 1 - off), 0, 1)).max(2)
-    obs = torch.as_tensor(obs, dtype=torch.float32)
-    return obs[0], torch.as_tensor(rng.uniform(-1, 1, (rows, facts.act_dim)), dtype=torch.float32), obs[1]
-
-
-def check_behaviour(cost, batch, both=True):
-    """Raises CostError unless the predicate is a function from each row to 0 or 1, monotone in its margin;
-    with `both`, unless it says each of them at least once."""
-    before, last, seen = [x.clone() for x in batch], None, []
-    for margin in (0.0, 0.02, 0.05, 0.1, 0.3):
-        c = cost(*batch, margin, seconds=5.0)
-        if not isinstance(c, torch.Tensor) or c.shape != batch[0].shape[:-1]:
-            shape = tuple(c.shape) if isinstance(c, torch.Tensor) else type(c).__name__
-            raise CostError(f"it returns {shape} for observations of shape {tuple(batch[0].shape)}, "
-                            "not their batch shape.")
-        if not c.is_floating_point() or c.device != batch[0].device or not ((c == 0) | (c == 1)).all():
-            raise CostError("it returns something other than 0. and 1. in float on its inputs' device.")
-        if last is not None and (c < last).any():
-            raise CostError("a wider margin calls something safe that a narrower one calls unsafe.")
-        last, seen = c, seen + [c]
-        if not torch.equal(c, cost(*batch, margin)):
-            raise CostError("it answers the same question differently the second time.")
-    for shape in ((), (7,), (3, 5))[:3 if len(batch[0]) >= 15 else 1]:
-        few = [x[:math.prod(shape)].reshape(*shape, -1) for x in batch]
-        c = cost(*few, 0.0, seconds=1.0)
-        if not isinstance(c, torch.Tensor) or c.shape != shape or (c.flatten() != seen[0][:c.numel()]).any():
-            raise CostError(f"for a batch of shape {shape} it answers otherwise than row by row.")
-    if not all(torch.equal(x, y) for x, y in zip(batch, before)):
-        raise CostError("it changes its inputs.")
-    if both and not (seen[-1].any() and not seen[0].all()):
-        raise CostError("it says the same of everything.")
-
-
-def load_cost(task):
-    """The cached predicate of a task, compiled and checked. CostError."""
-    try:
-        return compile_cost((LLM_COSTS / f"{task}.py").read_text(), task)
+        return compile_cost((HERE / "llm_costs" / f"{name}.py").read_text(), name)
     except OSError:
-        raise CostError(f"there is no cost predicate for {task}: write one with --write-cost.") from None
+        raise CostError(f"there is no cost predicate for {name}: write one with --write-cost") from None
 
 
-def ask(url, model, messages, key):
-    """The text of an OpenAI-compatible endpoint's next message, or ProcoError. The key goes into the header
-    of the request and nowhere else, so no message here quotes an exception's text."""
-    import requests
-    try:
-        reply = requests.post(url.rstrip("/") + "/chat/completions", timeout=(10, 300), allow_redirects=False,
-                              json=dict(model=model, messages=messages, stream=False),
-                              headers={"Authorization": f"Bearer {key}"} if key else {})
-    except (requests.RequestException, ValueError) as e:
-        raise ProcoError(f"no language model answers at {url} ({type(e).__name__}).") from None
-    if reply.status_code != 200:
-        raise ProcoError(f"the language model's server at {url} answers with status {reply.status_code}.")
-    try:
-        text = reply.json()["choices"][0]["message"]["content"]
-        return text + ""                                            # a string, or TypeError
-    except (ValueError, LookupError, TypeError):
-        raise ProcoError(f"what {url} answers is not a chat completion in JSON.") from None
+def compile_cost(text, name, data=None):
+    """A predicate's source, which may be a stranger's -> the callable that load_cost describes.
+
+    Nothing of it runs before its syntax tree has passed a whitelist; then it has to give 0 or 1 for each row, the same
+    twice, monotone in the margin, on made-up steps and on `data`, (obs, action, next_obs) as recorded. Raises CostError.
+    A call costs some milliseconds beside its tensor work, so large batches are cheap and small ones are not."""
+    return language.compile_cost(text, get_task(name), data)
 
 
-def write_cost(task, url, model, key=None, attempts=3, out_dir=None, data=None):
-    """Has a language model write a task's predicate: asks, checks, says what was wrong and asks again, and
-    caches the first reply that passes. `data` is (obs, action, next_obs) of recorded safe steps, of which a
-    predicate may flag 1%. Returns the path; ProcoError, CostError."""
-    key = key or os.environ.get("PROCO_LLM_KEY")
-    messages, why = [dict(role="user", content=prompt(task))], "none was asked for."
-    if data is not None:
-        every = max(1, len(data[0]) // 20_000)
-        data = [torch.as_tensor(np.asarray(x[::every]), dtype=torch.float32) for x in data]
-    for attempt in range(1, attempts + 1):
-        reply = ask(url, model, messages, key)
-        blocks = [b for b in re.findall(r"```[^\n`]*\n(.*?)```", reply, flags=re.S) if "def cost" in b]
-        try:
-            if not blocks:
-                raise CostError("there is no fenced block with a function cost in the reply.")
-            cost = compile_cost(blocks[-1], task, data)
-            card, margins = "", (0.0, 0.05)
-            for what, steps in (("made-up", plausible(task)), ("recorded safe", data)):
-                shares = [cost(*steps, m).mean().item() for m in margins] if steps is not None else []
-                card += "".join(f" {x:.2%} of {what} steps at margin {m}," for x, m in zip(shares, margins))
-            if data is not None and shares[0] > 0.01:
-                raise CostError(f"it calls {shares[0]:.1%} of the recorded safe steps unsafe.")
-        except CostError as e:
-            why = str(e)
-            print(f"reply {attempt} of {attempts} is refused: {why}")
-            messages += [dict(role="assistant", content=reply),
-                         dict(role="user", content=f"This is refused: {why} Please put that right and give "
-                                                   "the whole function again in one fenced block.")]
-            continue
-        path = Path(out_dir or LLM_COSTS) / f"{task}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(cost_head(task, model) + "\n" + blocks[-1].strip() + "\n")
-        os.replace(part, path)                                      # whole or not at all
-        print(f"{path}: reply {attempt} of {attempts} by {model} passed; it calls unsafe{card[:-1]}.")
-        return path
-    raise CostError(f"none of {attempts} replies passed; the last one: {why}")
+def prompt(name):
+    """What a language model is told of a task: llm_costs/PROMPT.md with the knowledge that applies, as text."""
+    return language.prompt(get_task(name))
 
 
-def cost_head(task, model, day=None):
-    """The comment at the head of a cached predicate."""
-    model = re.sub(r"[^\w.:/@ -]", "?", model)[:100]
-    return ("# Written by a language model from the prompt with the hash below.\n"
-            f"# model:  {model}\n# day:    {day or datetime.date.today()}\n"
-            f"# prompt: {prompt_hash(task)} (SHA-256 of proco.prompt(\"{task}\"), first 16 digits)\n")
+def write_cost(name, url, model, key=None, attempts=3, out_dir=None, data=None):
+    """Has a language model write a task's predicate: asks the OpenAI-compatible endpoint at url, checks the reply, says
+    what was wrong and asks again, and caches the first reply that passes. `data`, (obs, action, next_obs) of recorded
+    safe steps, may be flagged to 1%. -> the path. Raises CostError, and ProcoError where nobody answers."""
+    return language.write_cost(get_task(name), url, model, key, attempts, out_dir, data)
+
+
+plausible = lambda name: language.plausible(get_task(name))      # TEMPORARY
+prompt_hash = lambda name: language.prompt_hash(get_task(name))  # TEMPORARY
+
 
 def danger_distance(cost, obs, action, next_obs, top=1.0):
     """How far next_obs is from danger, in the constraint's own unit (m, m/s): the smallest margin at which the
@@ -1014,7 +876,7 @@ def model_margin(model, cost, data):
     """Twice the root mean square error of the model's distance to danger one step ahead, over held-out steps nearer
     than 0.5 to danger, in the constraint's unit (m, m/s). ASSUMED: two sigma, floor 0.01, at most 0.05."""
     task = model.task
-    rows = ((data["episode"] % 10 == 9) & (data["danger"] < 0.5)).nonzero()[:, 0][:20_000]
+    rows = (data["held_out"] & (data["danger"] < 0.5)).nonzero()[:, 0][:20_000]
     state, action = data["state"][rows], data["action"][rows]
     seen = danger_distance(cost, decode(state, task), action, decode(model.step(state, action)[0], task))
     wrong = seen - data["danger"][rows]
@@ -1028,7 +890,25 @@ def model_margin(model, cost, data):
 # =====================================================================================================================
 
 LINGER = 10     # steps that a roll-out goes on after its first violation: leaving danger must be learnt, too
+MOTION = 3      # the first sensors of a state with lidars: velocity x, y and yaw rate
 RISKY = 10      # steps before a violation that count as risky, and are drawn more often in training
+
+
+def displaced(state, task, generator):
+    """Starts where nobody ever was: states (B, S) seen from up to 0.5 m beside, with a share of another one's motion.
+
+    ASSUMED. Shifting all that the agent sees is moving the agent; drivers who never come near a hazard, and never
+    slowly, leave most of what a filter must judge out of reach of a roll-out of half a second."""
+    size, count, device = len(task.sensors), len(state), state.device
+    draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+    bearing, distance = 2 * math.pi * draw(count), 0.5 * draw(count).sqrt()
+    shift = torch.stack([bearing.cos(), bearing.sin()], -1) * distance[:, None]
+    moving = state[torch.randperm(count, generator=generator, device=device), :MOTION] * draw(count, 1)
+    xy = state[:, size:].unflatten(-1, (-1, 2)) + shift[:, None]
+    for mine, lidar in zip(object_slices(task), task.lidars):               # what was out of reach stays so
+        seen = state[:, lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))
+        xy[:, mine] = torch.where(seen.norm(dim=-1, keepdim=True) > 0.999 * lidar.reach, seen, xy[:, mine])
+    return nearest_first(torch.cat([moving, state[:, MOTION:size], xy.flatten(-2)], -1), task)
 
 
 @torch.no_grad()
@@ -1094,7 +974,7 @@ class Agent(nn.Module):
     q_s          twin safety critics with two outputs: Q_f, the feasibility value, and Q_c, the discounted cumulative
                  cost (times 1 - gamma_f, so in [0, 1], too)
     v_s          V_f and V_c, the least that an action can make of Q_f and Q_c
-    lam          lambda(s) >= 0, the multiplier"""
+    log_lam      logarithm of the multiplier lambda"""
 
     def __init__(self, task, cfg, data=None):
         super().__init__()
@@ -1109,21 +989,22 @@ class Agent(nn.Module):
         self.actor, self.clone = net(width, acts), net(width, acts)
         self.q_r, self.q_r_slow = net(width + acts, 1, 2), net(width + acts, 1, 2)
         self.q_s, self.v_s = net(width + acts, 2, 2), net(width, 2)
-        self.lam = net(width, 1)
+        self.register_buffer("log_lam", torch.tensor(math.log(10.0)))
         self.q_r_slow.load_state_dict(self.q_r.state_dict())
         self.clone.load_state_dict(self.actor.state_dict())
         self.q_r_slow.requires_grad_(False)
         self.to(sensors.device)
 
     def features(self, state):
-        """What networks are fed: sensors standardised; of each object its position, its distance and a closeness
-        that is 1 at contact and 0 far away; for the circle, where the agent is in the world. (..., S) -> (..., F)"""
+        """What networks are fed: sensors standardised; of each object its position, its distance, and how close
+        it is on scales of 30 and 10 cm (a danger is 20 cm wide); for the circle, where the agent is in the world.
+        (..., S) -> (..., F)"""
         size = len(self.task.sensors)
         parts = [(state[..., :size] - self.mean) / self.std]
         if self.task.lidars:
             xy = state[..., size:].unflatten(-1, (-1, 2))
             distance = xy.norm(dim=-1)
-            parts += [xy.flatten(-2), distance, 2 * torch.exp(-3 * distance)]
+            parts += [xy.flatten(-2), distance, 2 * torch.exp(-3 * distance), 8 * torch.exp(-10 * distance)]
             if self.task.lidars[0].name == "circle":                    # compass = -0.5 (sin yaw, cos yaw)
                 sin, cos, x, y = -2 * state[..., 3], -2 * state[..., 4], -xy[..., 0, 0], -xy[..., 0, 1]
                 parts.append(torch.stack([cos * x - sin * y, sin * x + cos * y], -1))
@@ -1230,41 +1111,40 @@ def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, ge
 def actor_loss(agent, state, action, cf_state, cfg):
     """Lagrangian TD3+BC (Fujimoto and Gu 2021): rows of D, state and action, and rows of D_cf, cf_state.
 
-        feasible states:    - Q_r / |Q_r| + bc_weight (pi - a)^2 + lambda(s) Q_f(s, pi)
-        infeasible states:  Q_c(s, pi), the way back, weighed like a hard constraint
+        feasible states:    - Q_r / |Q_r| + bc_weight (pi - a)^2 + lam max(Q_f(s, pi) - eps, 0)
+        infeasible states:  Q_c(s, pi), the way back
 
-    Reward and cloning count on D alone, safety on both. -> loss, and Q_f(s, pi) - eps with its mask of feasible
-    states for the dual step. FORK: another policy objective goes here."""
+    Reward counts on D alone; on D_cf, where nobody drove, the cloned policy stands in for the driver (ASSUMED).
+    DEVIATION: the constraint is a hinge. With Q_f - eps itself, the many states that satisfy it pay for the few that
+    break it: lambda fell to zero and the bare actor crashed. -> loss, mean violation. FORK: another objective."""
     features = agent.features(state)
     pi = torch.tanh(agent.actor(features)[0])
     clone = (pi - action).square().mean(-1)
     if cfg.method == "bc":
-        return clone.mean(), None, None
+        return clone.mean(), None
     q_r = agent.q_r(torch.cat([features, pi], -1))[0, :, 0]
-    gain = -q_r / q_r.abs().mean().detach() + cfg.bc_weight * clone * 2
+    gain = -q_r / q_r.abs().mean().detach() + 2 * cfg.bc_weight * clone
     if cfg.method == "td3bc":
-        return gain.mean(), None, None
+        return gain.mean(), None
     cf_features = agent.features(cf_state)
-    every = torch.cat([features, cf_features])
-    actions = torch.cat([pi, torch.tanh(agent.actor(cf_features)[0])])
+    cf_pi = torch.tanh(agent.actor(cf_features)[0])
+    cf_clone = (cf_pi - torch.tanh(agent.clone(cf_features)[0]).detach()).square().mean(-1)
+    gain = torch.cat([gain, 2 * cfg.bc_weight * cf_clone])
+    every, actions = torch.cat([features, cf_features]), torch.cat([pi, cf_pi])
     q_f, q_c = agent.q_s(torch.cat([every, actions], -1)).amax(0).unbind(-1)
+    feasible = (agent.v_s(every)[0, :, 0] <= agent.eps).detach()
+    violation = (q_f - agent.eps).clamp(min=0)
+    lam = agent.log_lam.exp().detach()
+    loss = torch.where(feasible, gain + lam * violation, 20 * q_c).mean()
+    return loss, (violation.detach() * feasible).sum() / feasible.sum().clamp(min=1)
+
+
+def dual_step(agent, violation, tolerance=0.003):
+    """Dual ascent: lambda rises while the mean of max(Q_f(s, pi) - eps, 0) over feasible states is above the
+    tolerance, and falls below it; within [0.1, 100]. violation: a number, as a tensor."""
     with torch.no_grad():
-        feasible = agent.v_s(every)[0, :, 0] <= agent.eps
-        lam = multiplier(agent, every)
-    safety = torch.where(feasible, lam * q_f, 20 * q_c)
-    loss = (feasible[:len(state)] * gain).mean() + safety.mean()
-    return loss, q_f.detach() - agent.eps, (feasible, every.detach())
-
-
-def multiplier(agent, features):
-    """lambda(s) in [0, 50]: features (B, F) -> (B,). DEVIATION: a small network instead of one number (Ma et al. 2021):
-    the constraint binds on one state in fifty, and their average is satisfied long before those are safe."""
-    return (5 * F.softplus(agent.lam(features)[0, :, 0])).clamp(max=50)
-
-
-def dual_step(agent, excess, feasible, features):
-    """Dual ascent's loss: lambda(s) rises where Q_f(s, pi(s)) > eps at feasible states, and falls elsewhere."""
-    return -(multiplier(agent, features) * excess * feasible).mean()
+        agent.log_lam += 0.3 * (violation - tolerance).clamp(-0.003, 0.03)
+        agent.log_lam.clamp_(math.log(0.1), math.log(100))
 
 
 # =====================================================================================================================
@@ -1323,6 +1203,8 @@ def area_under_curve(scores, labels):
     values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     positive = labels.sum()
+    if positive in (0, len(labels)):
+        return math.nan                         # nothing to tell apart
     return float((ranks[labels].sum() - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))
 
 
@@ -1375,7 +1257,8 @@ def whole(path):
     except OSError as error:
         raise ProcoError(f"can't write {path}: {error.strerror or error}; check the folder and the disk") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def write_table(path, rows):
@@ -1400,12 +1283,12 @@ class Learner:
     """The training of one run, as what a checkpoint must hold and one update. Sections 4 to 6 do the work."""
 
     def __init__(self, cfg, task, data, cost, model, margin):
-        self.cfg, self.data, self.cost, self.model, self.margin = cfg, data, cost, model, margin
+        self.cfg, self.task, self.data, self.cost, self.model, self.margin = cfg, task, data, cost, model, margin
         self.generator = torch.Generator(data["state"].device).manual_seed(cfg.seed + 2)
         self.agent = Agent(task, cfg, data)
         agent = self.agent
         self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
-                               safety=adam(agent.q_s, agent.v_s, rate=5e-4), lam=adam(agent.lam, rate=1e-3))
+                               safety=adam(agent.q_s, agent.v_s, rate=5e-4))
         self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
         self.step, self.cf, self.snapshots, self.metrics = 0, None, [], []
         self.clone_updates = max(1, round(cfg.clone_updates * cfg.scale))
@@ -1427,16 +1310,20 @@ class Learner:
         return dict(clone_loss=loss.detach())
 
     def roll_out(self):
-        """One round of counterfactual roll-outs with the current policy, added to D_cf. Starts: a quarter from all of
-        D, half from its quarter nearest to danger, a quarter from earlier roll-outs, that is off every track."""
+        """One round of counterfactual roll-outs with the current policy, added to D_cf. Starts: half of them recorded
+        states, half of them off every track (displaced, or from earlier roll-outs where there is nothing to displace);
+        in either half every second one from the quarter of D nearest to danger."""
         cfg, data = self.cfg, self.data
         self.snapshots.append((copy.deepcopy(self.agent.state_dict()), self.generator.get_state()))
         count = max(20, round(cfg.rollouts * cfg.scale) // ROUNDS)
-        starts = [data["state"][self.draw(count // 4, len(data["state"]))],
-                  data["state"][self.near[self.draw(count // 2, len(self.near))]]]
-        source = self.cf["state"] if self.cf else data["state"]
-        starts = torch.cat([*starts, source[self.draw(count - len(starts[0]) - len(starts[1]), len(source))]])
-        starts = starts[torch.randperm(count, generator=self.generator, device=starts.device)]
+        rows = torch.cat([self.draw(count // 2, len(data["state"])), self.near[self.draw(count - count // 2, len(self.near))]])
+        rows = rows[torch.randperm(count, generator=self.generator, device=rows.device)]
+        starts, half = data["state"][rows], count // 2
+        if self.task.lidars:
+            starts[:half] = displaced(starts[:half], self.task, self.generator)
+        elif self.cf:
+            starts[:half] = self.cf["state"][self.draw(half, len(self.cf["state"]))]
+        starts = starts[torch.randperm(count, generator=self.generator, device=rows.device)]
         new = counterfactual_rollouts(self.model, self.cost, self.agent, starts, cfg, self.margin, self.generator)
         self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
         self.risky = self.cf["risky"].nonzero()[:, 0]
@@ -1471,14 +1358,14 @@ class Learner:
             descend(self.optimisers["q_r"], loss)
             torch._foreach_lerp_(list(agent.q_r_slow.parameters()), [p.data for p in agent.q_r.parameters()], 0.01)
             logs["reward_loss"] = loss.detach()
-            loss, excess, constrained = actor_loss(agent, d["state"], d["action"], cf["state"] if with_model else None, cfg)
+            loss, violation = actor_loss(agent, d["state"], d["action"], cf["state"] if with_model else None, cfg)
             descend(self.optimisers["actor"], loss)
             logs["actor_loss"] = loss.detach()
             if with_model:
-                feasible, features = constrained
-                descend(self.optimisers["lam"], dual_step(agent, excess, feasible, features))
-                logs |= dict(lam=multiplier(agent, features).mean().detach(), infeasible_share=1 - feasible.float().mean(),
-                             excess=(excess.clamp(min=0) * feasible).mean())
+                dual_step(agent, violation)
+                with torch.no_grad():
+                    infeasible = (agent.v_s(agent.features(d["state"]))[0, :, 0] > agent.eps).float().mean()
+                logs |= dict(lam=agent.log_lam.exp().clone(), violation=violation, infeasible_share=infeasible)
         return logs
 
     def state(self):
@@ -1515,7 +1402,7 @@ def train(cfg, task, data, cost, folder, resume):
     resume it goes on from there, on a CPU bit for bit as if it had never stopped."""
     path, seconds, saved = folder / "checkpoint.pt", {}, None
     if resume and path.exists():
-        saved = torch.load(path, map_location=data["state"].device, weights_only=False)
+        saved = load_checkpoint(path, data["state"].device)
         differs = [key for key, value in saved["config"].items() if value != dataclasses.asdict(cfg)[key]]
         if differs:
             raise ProcoError(f"{path} was trained with other settings ({', '.join(differs)}); use another --out")
@@ -1555,7 +1442,7 @@ def train(cfg, task, data, cost, folder, resume):
             logs = learner.clone_update() if name == "clone" else learner.update()
             learner.step += 1
             last = learner.step == end
-            if learner.step % 200 == 0 or last:
+            if learner.step % 200 == 1 or last:
                 logs = {key: float(value) for key, value in logs.items()}
                 if not all(map(math.isfinite, logs.values())):
                     raise ProcoError(f"a loss is no longer finite at update {learner.step} ({logs}); {path} keeps the last "
@@ -1583,14 +1470,22 @@ def print_dynamics(report, margin):
     print(f"   margin of the conservative cost: {margin:.4f}")
 
 
+def load_checkpoint(path, device="cpu"):
+    """The content of a checkpoint.pt. It is pickled, so load only your own."""
+    try:
+        return torch.load(path, map_location=device, weights_only=False)
+    except OSError:
+        raise ProcoError(f"there is no {path}: train first, or give another folder") from None
+    except Exception as error:                  # torch and pickle raise many kinds for a file that is cut
+        raise ProcoError(f"{path} is damaged or from another version ({type(error).__name__}); train again") from None
+
+
 def load_run(folder, device="cpu"):
     """The agent of a finished run: .act(obs (B, O)) -> (B, A), .feasibility(obs (B, O)) -> (B,), .eps.
 
     Raises ProcoError where there is no run."""
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        raise ProcoError(f"{path} is not there: train first, or give another folder")
-    saved = torch.load(path, map_location=device, weights_only=False)
+    saved = load_checkpoint(path, device)
     cfg = Config(**saved["config"])
     agent = Agent(get_task(cfg.task, cfg.raw_obs), cfg)
     agent.load_state_dict(saved["learner"]["agent"])
@@ -1632,11 +1527,17 @@ def run(cfg, resume=False):
     """Everything, from data to results -> the content of results.json."""
     WARNINGS.clear()
     begin, task = time.time(), get_task(cfg.task, cfg.raw_obs)
+    for name, low, high in (("scale", 0, 1e6), ("eps", 0, 1), ("gamma_f", 0, 1), ("gamma", 0, 1.000001), ("horizon", 0, 1e4),
+                            ("ensemble", 0, 100), ("hidden", 1, 1e5), ("batch", 1, 1e6), ("driver_episodes", 1, 1e6),
+                            ("eval_episodes", 0, 1e6)):
+        if not low < getattr(cfg, name) < high:
+            raise ProcoError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {low} < value < {high:g}")
     if cfg.method not in METHODS:
         raise ProcoError(f"there is no method called {cfg.method!r}; there are {', '.join(METHODS)}")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ProcoError("--device cuda: torch sees no GPU here; leave --device out to train on the CPU")
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "cpu")
+    if cfg.device not in ("auto", device.type):
+        raise ProcoError(f"there is no device {cfg.device!r} here; leave --device out, or say cpu" +
+                         " or cuda" * torch.cuda.is_available())
     installed = versions()
     if cfg.task != "DoubleIntegrator" and (installed["mujoco"] or "").startswith("3"):
         warn(f"mujoco {installed['mujoco']} drives other paths than the 2.3 of the DSRL data and of published scores")
@@ -1676,7 +1577,7 @@ def run(cfg, resume=False):
 def diagnose(folder, episodes=20):
     """What a run's feasibility value knows, before any policy is believed: its AUC against that of the plain distance
     on episodes of the cloned policy, the policy with and without its filter, and the dynamics report."""
-    saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=False) if load_run(folder) else None
+    saved = load_checkpoint(Path(folder) / "checkpoint.pt")
     cfg = Config(**saved["config"])
     if saved["report"]:
         print_dynamics(saved["report"], saved["margin"])

@@ -1,16 +1,683 @@
-"""Tests of step 3's language side. (`lang` becomes `proco`.)"""
+"""Tests of every step of proco.py, in its order, against closed forms, brute force, known numbers, real HDF5 files
+and the real simulator; then of the command line and of whole runs.
+
+    python -m pytest -q test_proco.py                          # two minutes on two cores
+    PROCO_SLOW=1 python -m pytest -q test_proco.py -k full     # and the double integrator at full length
+"""
+import csv
+import dataclasses
+import importlib.util
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
 import proco
-from proco import (CostError, ProcoError, TASKS, compile_cost, load_cost, plausible, prompt, prompt_hash,
+from proco import (CostError, ProcoError, TASKS, compile_cost, get_task, load_cost, plausible, prompt, prompt_hash,
                   write_cost)
+
+torch.set_num_threads(1)
+WITH_LIDARS = [name for name in TASKS if get_task(name).lidars]
+DI = get_task("DoubleIntegrator")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def at_home_nowhere(cache, monkeypatch):
+    """No test reads or writes the user's own cache, data or settings."""
+    monkeypatch.setattr(proco, "CACHE", cache)
+    monkeypatch.setenv("PROCO_CACHE", str(cache))
+    monkeypatch.setenv("DSRL_DATASET_DIR", str(cache / "dsrl"))
+    for name in ("PROCO_LLM_URL", "PROCO_LLM_MODEL", "PROCO_LLM_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small(**changes):
+    """Settings of a run on the double integrator that takes seconds."""
+    return proco.Config(**dict(dict(task="DoubleIntegrator", hidden=32, batch=32, ensemble=3, scale=0.01, device="cpu",
+                                    driver_episodes=20, eval_episodes=4, data="driver"), **changes))
+
+
+# =====================================================================================================================
+# The file, the tasks, and the state they are seen through
+# =====================================================================================================================
+
+
+def python(code, cwd, **environment):
+    """Another Python that can import proco -> the finished process."""
+    path = os.pathsep.join([str(Path(proco.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, text=True, capture_output=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment})
+
+
+def test_import_has_no_side_effects(tmp_path):
+    heavy = "safety_gymnasium gymnasium mujoco matplotlib requests dsrl gym".split()
+    done = python("import socket, sys\n"
+                  "def no(*_): raise SystemExit('it opens a socket')\n"
+                  "socket.socket.connect = socket.getaddrinfo = no\n"
+                  f"import proco\nprint([name for name in {heavy} if name in sys.modules])", tmp_path,
+                  HOME=str(tmp_path), PROCO_CACHE=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_line_is_bound_to_one_machine():
+    assert not re.search(r"[\"'](/work|/tmp|/root|/home)\b", Path(proco.__file__).read_text())
+
+
+@pytest.mark.parametrize("wrong, meant", [("PointGaol1", "PointGoal1"), ("carbutton1", "CarButton1"),
+                                          ("AntVelocty", "AntVelocity"), ("DoubleIntegrater", "DoubleIntegrator")])
+def test_unknown_task_names_the_nearest(wrong, meant):
+    with pytest.raises(ProcoError, match=meant) as e:
+        get_task(wrong)
+    assert wrong in str(e.value) and "\n" not in str(e.value)
+
+
+def test_unknown_task_like_nothing_still_names_some():
+    with pytest.raises(ProcoError, match="DoubleIntegrator"):
+        get_task("zzz")
+
+
+@pytest.mark.parametrize("name, obs, act, state, dt, steps", [
+    ("PointGoal1", 60, 2, 5 + 2 * (1 + 5 + 3), 0.02, 1000), ("CarGoal2", 72, 2, 23, 0.04, 1000),
+    ("CarButton1", 88, 2, 5 + 2 * (4 + 1 + 5 + 4), 0.04, 1000),
+    ("PointPush1", 76, 2, 5 + 2 * (1 + 5 + 4 + 1), 0.02, 1000), ("CarCircle1", 40, 2, 7, 0.04, 500),
+    ("AntVelocity", 27, 8, 27, 0.05, 1000), ("DoubleIntegrator", 2, 1, 2, 0.1, 100)])
+def test_sizes_and_clock(name, obs, act, state, dt, steps):
+    task = get_task(name)
+    assert (task.obs_dim, task.act_dim, task.state_dim, task.dt, task.steps) == (obs, act, state, dt, steps)
+    raw = get_task(name, raw_obs=True)
+    assert (raw.obs_dim, raw.state_dim, raw.lidars) == (obs, obs, ())
+
+
+def bins_of(**values):
+    """Sixteen bins from b3=0.5 and the like."""
+    out = np.zeros(16, np.float32)
+    for name, value in values.items():
+        out[int(name[1:])] = value
+    return out
+
+
+@pytest.mark.parametrize("bins, found", [
+    # 1 m at 30 degrees: bin 1, a third of the way through it
+    (bins_of(b1=2 / 3, b2=2 / 9, b0=4 / 9), [(1, 30), None, None]),
+    # and 2.4 m at 200 degrees: bin 8, eight ninths through
+    (bins_of(b1=2 / 3, b2=2 / 9, b0=4 / 9, b8=.2, b9=.2 * 8 / 9, b7=.2 / 9), [(1, 30), (2.4, 200), None]),
+    (bins_of(), [None, None, None]),
+    # on the seam: 350 degrees is bin 15 (five ninths through), 5 degrees is bin 0 (two ninths through)
+    (bins_of(b15=.5, b0=.5 * 5 / 9, b14=.5 * 4 / 9), [(1.5, 350), None, None]),
+    (bins_of(b0=.9, b1=.9 * 2 / 9, b15=.9 * 7 / 9), [(0.3, 5), None, None]),
+    (bins_of(b0=.5, b1=.0, b15=.5), [(1.5, 0), None, None])])                   # exactly between the two
+def test_locate_on_hand_computed_lidars(bins, found):
+    xy = proco.locate(bins, 3.0, 3)
+    for (x, y), truth in zip(xy, found):
+        distance, bearing = truth or (3, 0)
+        a = math.radians(bearing)
+        assert (x, y) == pytest.approx((distance * math.cos(a), distance * math.sin(a)), abs=2e-4)
+    assert np.array_equal(proco.locate(np.stack([bins, bins])[:, None], np.full((2, 1), 3.0), 3)[1, 0], xy)
+
+
+def spread_out(task, rng, rows=1):
+    """States whose objects of one lidar see at least 60 degrees between them, nearest first: (rows, S)."""
+    state = rng.normal(size=(rows, task.state_dim))
+    for L in task.lidars:
+        bearing = rng.uniform(0, 360, (rows, 1)) + np.arange(L.count) * 360 / L.count
+        bearing = bearing + rng.uniform(-3, 3, (rows, L.count))
+        distance = np.sort(rng.uniform(0.1, 0.9 * L.reach, (rows, L.count)))
+        bearing = np.radians(rng.permuted(bearing, axis=1))
+        xy = np.stack([distance * np.cos(bearing), distance * np.sin(bearing)], -1)
+        state[:, L.at:L.at + 2 * L.count] = xy.reshape(rows, -1)
+    return torch.tensor(state, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["PointGoal1", "CarButton2", "PointPush2", "CarCircle1"])
+def test_decode_renders_the_simulators_lidar(name):
+    """Against `scene`, which loops over objects and bins."""
+    task, rng = get_task(name), np.random.default_rng(1)
+    state = torch.tensor(rng.normal(0, 1.5, (20, task.state_dim)), dtype=torch.float32)         # objects anywhere
+    for row, obs in zip(state, proco.decode(state, task)):
+        lidars = {}
+        for L in task.lidars:
+            xy = row[L.at:L.at + 2 * L.count].view(-1, 2).double()
+            lidars[L.name] = [(math.hypot(x, y), math.degrees(math.atan2(y, x))) for x, y in xy.tolist()]
+        start = task.lidars[0].start
+        assert torch.allclose(obs[start:], scene(name, lidars)[start:], atol=2e-5)
+        assert torch.equal(obs[list(task.sensors)], row[:5]) and obs[:3].abs().sum() == 0
+
+
+@pytest.mark.parametrize("name", WITH_LIDARS)
+def test_encode_undoes_decode_where_objects_stand_apart(name):
+    task = get_task(name)
+    state = spread_out(task, np.random.default_rng(2), 40)
+    again = torch.tensor(proco.encode(proco.decode(state, task), task))
+    assert again.shape == (40, task.state_dim) and torch.allclose(again, state, atol=2e-3)
+
+
+@pytest.mark.parametrize("task", [get_task("AntVelocity"), DI, get_task("CarGoal1", raw_obs=True)])
+def test_without_lidars_the_state_is_the_observation(task):
+    obs = np.random.default_rng(0).normal(size=(3, 4, task.obs_dim)).astype(np.float32)
+    assert np.array_equal(proco.encode(obs, task), obs)
+    assert np.array_equal(proco.decode(torch.tensor(obs), task), obs)
+
+
+def test_decode_can_be_learnt_through_or_batched_at_will():
+    task = get_task("PointGoal1")
+    state = spread_out(task, np.random.default_rng(3), 6)
+    assert torch.equal(proco.decode(state.view(2, 3, -1), task).view(6, -1), proco.decode(state, task))
+    assert torch.equal(proco.decode(state[4], task), proco.decode(state, task)[4])
+
+
+def test_nearest_first_sorts_each_lidar_and_nothing_else():
+    task, rng = get_task("CarButton1"), np.random.default_rng(4)
+    state = torch.tensor(rng.normal(size=(30, task.state_dim)), dtype=torch.float32)
+    out = proco.nearest_first(state, task)
+    assert torch.equal(out[:, :5], state[:, :5])
+    for before, after in zip(state, out):
+        for L in task.lidars:
+            pairs = [tuple(p) for p in before[L.at:L.at + 2 * L.count].view(-1, 2).tolist()]
+            assert [tuple(p) for p in after[L.at:L.at + 2 * L.count].view(-1, 2).tolist()] == sorted(
+                pairs, key=lambda p: p[0] ** 2 + p[1] ** 2)
+
+
+# =====================================================================================================================
+# The simulator, and the double integrator
+# =====================================================================================================================
+
+
+@pytest.fixture(scope="session")
+def simulator():
+    return proco.import_simulator()
+
+
+def nearest(world, name):
+    """Distance of the nearest such object in the agent's own plane: a car rocks, and the plane with it."""
+    ground = [np.append(np.array(position)[:2], 0) for position in np.atleast_2d(getattr(world, name).pos)]
+    return min(np.hypot(*((position - world.agent.pos) @ world.agent.mat)[:2]) for position in ground)
+
+
+@pytest.mark.parametrize("name", ["PointGoal1", "CarGoal2", "PointCircle1"])
+def test_the_nearest_distance_is_exact_in_the_simulator(name, simulator):
+    env, task, rng = proco.make_env(name), get_task(name), np.random.default_rng(0)
+    obs, _ = env.reset(seed=3)
+    for _ in range(40):
+        obs, *_ = env.step(rng.uniform(-1, 1, 2))
+        state = proco.encode(obs, task)
+        for L in task.lidars:
+            if L.name != "vases":                                   # they are knocked about while the scan is taken
+                truth = min(nearest(env.unwrapped.task, L.name), L.reach)
+                assert np.hypot(*state[L.at:L.at + 2]) == pytest.approx(truth, abs=1e-5)
+
+
+def test_the_agent_knows_where_it_is_in_the_circle(simulator):
+    """Compass and lidar together give the position in the world, where the walls of Circle are."""
+    env, task, rng = proco.make_env("CarCircle1"), get_task("CarCircle1"), np.random.default_rng(1)
+    agent, (obs, _) = proco.Agent(task, small()), env.reset(seed=5)
+    for _ in range(60):
+        obs, *_ = env.step(rng.uniform(0, 1, 2))
+        where = agent.features(agent._state(obs[None]))[0, -2:]
+        assert where.tolist() == pytest.approx(env.unwrapped.task.agent.pos[:2].tolist(), abs=0.02)
+
+
+def test_reset_is_fast_and_repeats_itself(simulator):
+    env = proco.make_env("PointGoal1")
+    first, begun = env.reset(seed=11)[0], time.perf_counter()
+    second, took = env.reset(seed=11)[0], time.perf_counter() - begun
+    assert np.array_equal(first, second) and took < 0.5
+    assert not np.array_equal(first, env.reset(seed=12)[0])
+
+
+def test_the_fast_reset_drives_the_same_path_as_the_stock_one(simulator, monkeypatch):
+    import safety_gymnasium.world as world
+    import yaml
+    actions = np.random.default_rng(0).uniform(-1, 1, (60, 2))
+
+    def roll():
+        env = proco.make_env.__wrapped__("PointGoal1")
+        rows = [env.reset(seed=5)[0]]
+        for action in actions:
+            obs, reward, cost, *_ = env.step(action)
+            rows.append(np.append(obs, [reward, cost]))
+        return np.concatenate(rows)
+
+    fast = roll()
+    monkeypatch.setattr(world, "yaml", yaml)                        # with the sky it came with
+    assert np.array_equal(fast, roll())
+
+
+def test_the_double_integrator_moves_as_its_formula_says():
+    env = proco.DoubleIntegrator()
+    for seed in range(5):
+        (x, v), _ = env.reset(seed=seed)
+        assert -3 <= x <= 0 and -0.5 <= v <= 0.5 and np.array_equal(env.reset(seed=seed)[0], np.float32([x, v]))
+        rng, x, v = np.random.default_rng(seed), env.x, env.v
+        for t in range(100):
+            a = rng.uniform(-1, 3)                                  # beyond 1 it is clipped
+            v = min(2, max(-2, v + min(1, a) * 0.1))
+            obs, reward, cost, terminated, truncated, _ = env.step([a])
+            assert reward == pytest.approx(v * 0.1) and not terminated and truncated == (t == 99)
+            x += 0.1 * v
+            assert obs == pytest.approx([x, v], abs=1e-5) and cost == (x >= 1)
+
+
+def test_doomed_is_what_full_braking_in_the_environment_finds():
+    rng, env = np.random.default_rng(0), proco.DoubleIntegrator()
+    x, v = rng.uniform(-1.2, 1.1, 400), rng.uniform(-1, 2, 400)
+    truth = []
+    for env.x, env.v in zip(x, v):
+        env.t, hit = 0, env.x >= 1
+        while env.v > 0:
+            hit |= env.step([-1])[2] > 0
+        truth.append(hit)
+    doomed = proco.double_integrator_doomed(x, v)
+    assert np.array_equal(doomed, truth) and 0.2 < doomed.mean() < 0.8
+    # and between the closed forms of continuous time and of one step less
+    assert (x + np.maximum(v, 0) ** 2 / 2 >= 1)[doomed].all()
+    assert doomed[(x + np.maximum(v, 0) ** 2 / 2 - 0.06 * np.maximum(v, 0) > 1.001)].all()
+
+
+# =====================================================================================================================
+# 1. Data
+# =====================================================================================================================
+
+
+def episodes_of(costs, length=10, task=DI):
+    """Recorded episodes, one for each total cost, as in DSRL's files."""
+    rows, rng = len(costs) * length, np.random.default_rng(0)
+    obs = rng.normal(size=(rows, task.obs_dim)).astype(np.float32)
+    out = dict(observations=obs, next_observations=obs + 1, actions=rng.uniform(-1, 1, (rows, task.act_dim)),
+               rewards=np.arange(rows) * 1.0, costs=np.zeros(rows), terminals=np.zeros(rows), timeouts=np.zeros(rows))
+    for n, cost in enumerate(costs):
+        out["costs"][n * length:n * length + cost] = 1
+        out["timeouts" if n % 2 else "terminals"][(n + 1) * length - 1] = 1
+    return {key: value.astype(np.float32) for key, value in out.items()}
+
+
+def write_hdf5(path, arrays):
+    with h5py.File(path, "w") as file:
+        for key, value in arrays.items():
+            file[key] = value
+    return path
+
+
+def test_only_whole_safe_episodes_are_kept(tmp_path):
+    recorded = episodes_of([0, 3, 0, 1])
+    tail = {key: value[:4] * (key not in ("terminals", "timeouts")) for key, value in recorded.items()}
+    path = write_hdf5(tmp_path / "d.hdf5", {k: np.concatenate([recorded[k], tail[k]]) for k in recorded})
+    data, facts = proco.load_data(path, DI)
+    rows = np.r_[0:10, 20:30]
+    for key in proco.KEYS:
+        assert np.array_equal(data[key], recorded[key][rows]) and data[key].dtype == np.float32
+    assert data["episode"].tolist() == [0] * 10 + [1] * 10
+    assert (facts["episodes"], facts["transitions"], facts["unsafe_share"]) == (2, 20, 0)
+    assert facts["return_mean"] == (sum(range(10)) + sum(range(20, 30))) / 2
+
+
+@pytest.mark.parametrize("limit, episodes, unsafe", [(0, 2, 0), (1, 3, 1 / 30), (2.5, 3, 1 / 30), (3, 4, 4 / 40)])
+def test_a_few_violations_can_be_allowed(limit, episodes, unsafe, tmp_path):
+    path = write_hdf5(tmp_path / "d.hdf5", episodes_of([0, 3, 0, 1]))
+    facts = proco.load_data(path, DI, limit)[1]
+    assert facts["episodes"] == episodes and facts["unsafe_share"] == pytest.approx(unsafe)
+
+
+def changed(**changes):
+    return lambda path: write_hdf5(path, {**episodes_of([0, 0]), **changes})
+
+
+def cut_off(path):
+    write_hdf5(path, episodes_of([0] * 50))
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def without(key):
+    return lambda path: write_hdf5(path, {k: v for k, v in episodes_of([0]).items() if k != key})
+
+
+NAN = np.full((20, 2), np.nan, np.float32)
+BAD = dict(missing=(lambda path: None, "no such file"), empty=(lambda path: path.touch(), "cut off or no HDF5"),
+           text=(lambda path: path.write_text("observations\n" * 99), "cut off or no HDF5"),
+           cut_off=(cut_off, "cut off"),
+           folder=(lambda path: path.mkdir(), "can't read"),
+           no_costs=(without("costs"), "lacks costs"),
+           no_next=(without("next_observations"), "lacks next_observations"),
+           no_rewards=(without("rewards"), "lacks rewards"),
+           width=(changed(observations=np.zeros((20, 3), np.float32)), r"observations .*\(20, 3\).*\(20, 2\)"),
+           actions_width=(changed(actions=np.zeros((20, 2), np.float32)),
+                          r"actions .*DoubleIntegrator needs \(20, 1\)"),
+           length=(changed(costs=np.zeros(19, np.float32)), r"costs .*\(19,\)"),
+           flat=(changed(actions=np.zeros(20, np.float32)), r"actions .*\(20,\)"),
+           nan=(changed(observations=NAN), "observations .*NaN"),
+           infinite=(changed(rewards=np.full(20, np.inf, np.float32)), "rewards .*infinity"),
+           nan_action=(changed(actions=NAN[:, :1]), "actions .*NaN"),
+           nan_cost=(changed(costs=NAN[:, 0]), "costs .*NaN"),
+           large_actions=(changed(actions=np.full((20, 1), 1.5, np.float32)), r"\[-1, 1\].*1.5"),
+           no_ends=(changed(terminals=np.zeros(20), timeouts=np.zeros(20)), "no end of an episode"),
+           unsafe=(changed(costs=np.ones(20, np.float32)), "none of the 2 episodes .*10.*--max-episode-cost"),
+           no_rows=(lambda path: write_hdf5(path, {k: v[:0] for k, v in episodes_of([0]).items()}), "no end"))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_with_a_file_is_said_in_one_sentence(name, tmp_path):
+    make, why = BAD[name]
+    make(tmp_path / "bad.hdf5")
+    with pytest.raises(ProcoError, match=why) as e:
+        proco.load_data(tmp_path / "bad.hdf5", DI)
+    assert "bad.hdf5" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_whole_is_all_or_nothing(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with proco.whole(path) as part:
+        part.write_text("one")
+        assert not path.exists()
+    with pytest.raises(KeyError):
+        with proco.whole(path) as part:
+            part.write_text("tw")
+            raise KeyError
+    assert path.read_text() == "one" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(ProcoError, match="can't write"):
+        with proco.whole(path / "below a file"):
+            pass
+
+
+def test_driven_data_are_collected_once_in_dsrls_format(cache):
+    path = proco.drive_data("DoubleIntegrator", 12)
+    stamp, (data, facts) = path.stat().st_mtime_ns, proco.load_data(path, DI)
+    assert proco.drive_data("DoubleIntegrator", 12) == path and path.stat().st_mtime_ns == stamp
+    assert cache in path.parents and facts["episodes"] == 12 and facts["transitions"] == 1200
+    same = data["episode"][1:] == data["episode"][:-1]
+    assert np.array_equal(data["next_observations"][:-1][same], data["observations"][1:][same])
+    # the demonstrator speeds up and always brakes in time
+    assert facts["unsafe_share"] == 0 and data["observations"][:, 1].max() > 1 and facts["return_mean"] > 1
+
+
+def test_where_data_come_from(cache, monkeypatch, capsys):
+    monkeypatch.setattr(proco, "drive_data", lambda name, episodes: Path(f"driven-{name}-{episodes}"))
+    assert proco.find_data(small(data="a.hdf5")) == ("file", Path("a.hdf5"))
+    assert proco.find_data(small(driver_episodes=7)) == ("driver", Path("driven-DoubleIntegrator-7"))
+    with pytest.raises(ProcoError, match="PointGoal1"):
+        proco.find_data(small(task="PointGoal1", data="dsrl"))
+    capsys.readouterr()
+    assert proco.find_data(small(task="PointGoal1", data="auto"))[0] == "driver"
+    assert "WARNING" in capsys.readouterr().err
+    file = cache / "dsrl" / "SafetyPointGoal1Gymnasium-v0-100-2022.hdf5"
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    assert proco.find_data(small(task="PointGoal1", data="auto")) == ("dsrl", file)
+    file.unlink()
+
+
+def test_the_driver_says_what_it_cannot_drive():
+    with pytest.raises(ProcoError, match="AntVelocity"):
+        proco.drive_data("AntVelocity", 3)
+
+
+@pytest.mark.parametrize("name", ["PointGoal1", "CarGoal2", "PointButton2", "CarButton1", "PointCircle1", "CarCircle2"])
+def test_the_driver_acts_within_the_box_on_what_it_sees(name):
+    task, rng = get_task(name), np.random.default_rng(0)
+    act = proco.make_driver(name, np.random.default_rng(1))
+    obs = proco.decode(spread_out(task, rng, 12), task).numpy()
+    actions = np.stack([act(row) for row in obs])
+    assert actions.shape == (12, 2) and actions.dtype == np.float32 and np.abs(actions).max() <= 1
+    assert len(np.unique(actions, axis=0)) > 2
+
+
+@pytest.fixture(scope="session")
+def driven(simulator):
+    """One episode of the scripted driver on PointGoal1, in the simulator."""
+    return proco.collect_episode("PointGoal1", 0)
+
+
+def test_an_episode_of_the_driver_is_safe_and_earns(driven):
+    assert {key: value.shape for key, value in driven.items()} == dict(
+        observations=(1000, 60), next_observations=(1000, 60), actions=(1000, 2),
+        **{key: (1000,) for key in ("rewards", "costs", "terminals", "timeouts")})
+    assert driven["costs"].sum() == 0 and driven["rewards"].sum() > 12 and np.abs(driven["actions"]).max() <= 1
+    assert np.array_equal(driven["next_observations"][:-1], driven["observations"][1:])
+    assert driven["timeouts"].sum() == driven["timeouts"][-1] == 1
+
+
+def test_detours_go_around_discs_and_straight_where_none_is_in_the_way():
+    starts, goal = np.array([[0.0, 0.0], [0.0, 3.0]]), np.array([4.0, 0.0])
+    disc, radius = np.array([[2.0, 0.0]]), np.array([0.5])
+    far, away = proco.detours(starts, goal, disc, radius, 20.0)
+    assert 4 < far < 4 + 20 * 1 and away == pytest.approx(5)
+    tangent = 2 * math.sqrt(2 ** 2 - 0.5 ** 2) + 2 * 0.5 * math.asin(0.5 / 2)          # a string around the disc
+    assert tangent <= far + 0.02 and far < tangent + 0.4
+    assert proco.detours(starts, goal, disc + [0, 9], radius, 20.0) == pytest.approx([4, 5])
+
+
+def test_to_device_knows_how_far_each_step_was_from_danger(tmp_path):
+    arrays = proco.load_data(write_hdf5(tmp_path / "d.hdf5", episodes_of([0, 0])), DI)[0]
+    data = proco.to_device(arrays, DI, load_cost("DoubleIntegrator"), torch.device("cpu"))
+    assert np.array_equal(data["state"], arrays["observations"]) and np.array_equal(data["action"], arrays["actions"])
+    assert np.array_equal(data["next_state"], arrays["next_observations"])
+    wall = (1 - arrays["next_observations"][:, 0]).clip(0, 1)
+    assert np.abs(data["danger"].numpy() - wall).max() < 0.005
+
+
+# =====================================================================================================================
+# 2. Dynamics
+# =====================================================================================================================
+
+
+def test_members_are_separate_networks():
+    torch.manual_seed(0)
+    net, x = proco.Mlp([3, 8, 8, 2], members=4), torch.randn(5, 3)
+    out, each = net(x), torch.randn(4, 5, 3)
+    assert out.shape == (4, 5, 2) and net(each).shape == (4, 5, 2)
+    for m in range(4):
+        layers = [(w[m].T, b[m, 0]) for w, b in zip(net.weights, net.biases)]
+
+        def alone(x):
+            for n, (w, b) in enumerate(layers):
+                x = torch.nn.functional.linear(x.relu() if n else x, w, b)
+            return x
+        assert torch.allclose(out[m], alone(x), atol=1e-5) and torch.allclose(net(each)[m], alone(each[m]), atol=1e-5)
+    net(x)[1].sum().backward()
+    touched = [[bool(p.grad[m].any()) for m in range(4)] for p in net.parameters()]
+    assert touched == [[False, True, False, False]] * 6
+
+
+def test_move_is_an_affine_map():
+    turn = torch.tensor([[0.0, -1, 5], [1, 0, 7]]) - torch.eye(2, 3)            # a quarter turn, then a shift
+    xy = torch.tensor([[1.0, 0], [0, 1], [0, 0]])
+    assert torch.allclose(xy + proco.move(turn, xy), torch.tensor([[5.0, 8], [4, 7], [5, 7]]))
+    maps, points = torch.randn(4, 6, 2, 3), torch.randn(6, 9, 2)
+    brute = torch.tensor([[[[sum(m[r][c] * p[c] for c in (0, 1)) + m[r][2] for r in (0, 1)] for p in points[b].tolist()]
+                           for b, m in enumerate(member)] for member in maps.tolist()])
+    assert torch.allclose(proco.move(maps, points), brute, atol=1e-5)
+
+
+def drive_past(task, places, velocity, rate, start=(0.3, -0.2), heading=0.7):
+    """Two states one step apart of an agent that moves at `velocity` (its own frame) and turns at `rate` past objects
+    fixed in the world, places {lidar: (N, 2)} -> state, next_state, displacement of each seen object, all (1, .)."""
+    def view(position, angle):
+        rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        return {name: (np.array(xy) - position) @ rotation.T for name, xy in places.items()}
+
+    ahead = np.array([[math.cos(heading), -math.sin(heading)], [math.sin(heading), math.cos(heading)]])
+    seen = view(np.array(start), heading)
+    later = view(start + task.dt * ahead @ velocity, heading + rate * task.dt)
+    states = []
+    for now in (seen, later):
+        state = torch.zeros(1, task.state_dim)
+        state[0, :3] = torch.tensor([*velocity, rate])
+        for L in task.lidars:
+            xy = torch.full((L.count, 2), 0.0)
+            xy[:, 0] = L.reach                                                  # unseen
+            xy[:len(now[L.name])] = torch.tensor(now[L.name])
+            state[0, L.at:L.at + 2 * L.count] = xy.flatten()
+        states.append(proco.nearest_first(state, task))
+    return *states, seen, later
+
+
+def test_objects_are_paired_across_a_step_even_where_their_order_swaps():
+    task, ahead = get_task("PointGoal1"), np.array([math.cos(0.7), math.sin(0.7)])
+    start = np.array([0.3, -0.2])
+    places = dict(goal=[start + [0.5, 1]], vases=[start + [-1, 0.4]],
+                  hazards=[start - 0.99 * ahead, start + 1.0 * ahead, start + [0.3, -2]])
+    state, later, before, after = drive_past(task, places, np.array([1.5, 0.1]), 2.0)
+    hazards = task.lidars[1]
+    assert state[0, hazards.at] < 0 < later[0, hazards.at]                      # the nearest was behind, and is ahead
+    delta, trusted = proco.pair_objects(state, later, task)
+    assert delta.shape == (1, 9, 2) and trusted[0].tolist() == [True] + [True] * 3 + [False] * 2 + [True] + [False] * 2
+    truth = after["hazards"] - before["hazards"]                                # their order: behind, ahead, aside
+    assert np.abs(delta[0, 1:4].numpy() - truth).max() < 1e-5 and np.abs(truth).max() > 0.03
+    assert np.abs(delta[0, 0].numpy() - (after["goal"] - before["goal"])[0]).max() < 1e-5
+
+
+def test_an_object_that_jumps_is_not_trusted():
+    task, places = get_task("PointGoal1"), dict(goal=[(1, 1)], hazards=[(0, 1)], vases=np.zeros((0, 2)))
+    state, later, *_ = drive_past(task, places, np.array([1.0, 0]), 0.5)
+    later[0, 5:7] += 0.3                                                        # the goal is drawn anew
+    assert proco.pair_objects(state, later, task)[1][0, :2].tolist() == [False, True]
+
+
+def still(task, members=2):
+    """A model whose network says zero: nothing changes."""
+    model = proco.Dynamics(task, members, 8)
+    for parameter in model.net.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.low, model.high = torch.full_like(model.low, -9), torch.full_like(model.high, 9)
+    return model.requires_grad_(False)
+
+
+def test_a_model_that_says_nothing_leaves_everything_where_it_is():
+    task = get_task("CarButton1")
+    state = spread_out(task, np.random.default_rng(5), 7)
+    for nexts in still(task).step(state, torch.zeros(7, 2)):
+        assert torch.allclose(nexts, state, atol=1e-6)
+
+
+def test_only_trusted_displacements_count_in_the_loss():
+    task = get_task("PointGoal1")
+    state, model = spread_out(task, np.random.default_rng(6), 8).expand(2, 8, -1), still(task)
+    action, delta, trusted = torch.zeros(2, 8, 2), torch.zeros(2, 8, 9, 2), torch.ones(2, 8, 9, dtype=torch.bool)
+    loss, score = proco.dynamics_loss(model, state, action, state, delta, trusted)
+    assert loss.shape == score.shape == (2,) and score.abs().max() < 1e-6       # it was right
+    delta[0, 3, 4], trusted[0, 3, 4] = 100, False
+    assert torch.equal(proco.dynamics_loss(model, state, action, state, delta, trusted)[0], loss)
+    trusted[0, 3, 4] = True
+    worse, wrong = proco.dynamics_loss(model, state, action, state, delta, trusted)
+    assert worse[0] > loss[0] and wrong[0] > 0.1 and worse[1] == loss[1]        # each member has a loss of its own
+
+
+TOY = proco.Task("Toy", 3, 1, 100, 0.1, (0, 1, 2))                              # x, v and a field that is always 5
+
+
+@pytest.fixture(scope="session")
+def learnt(cache):
+    """A model of the double integrator beside a constant field, and its data."""
+    rng, state = np.random.default_rng(0), []
+    x, v = rng.uniform(-3, 1, 4000), rng.uniform(-2, 2, 4000)
+    a = rng.uniform(-1, 1, 4000)
+    after = np.clip(v + 0.1 * a, -2, 2)
+    both = [np.stack([p, q, np.full(4000, 5.0)], -1).astype(np.float32) for p, q in ((x, v), (x + 0.1 * after, after))]
+    data = dict(state=torch.tensor(both[0]), next_state=torch.tensor(both[1]), action=torch.tensor(a[:, None]).float(),
+                episode=torch.arange(4000) // 100)
+    torch.manual_seed(0)
+    model = proco.train_dynamics(data, TOY, small(hidden=128, model_epochs=25, scale=1.0), gen(1))
+    return model, data
+
+
+def test_dynamics_learns_the_double_integrator_beside_a_constant_field(learnt):
+    model, data = learnt
+    held_out = data["episode"] % 10 == 9
+    state, nexts = data["state"][held_out], data["next_state"][held_out]
+    guess = model.step(state, data["action"][held_out])
+    assert guess.shape == (len(model.elites), 400, 3) and len(model.elites) == 2
+    change, wrong = nexts - state, guess - nexts
+    for k in (0, 1):
+        assert (1 - wrong[..., k].square().mean(1) / change[:, k].var()).min() > 0.97
+    assert wrong[..., 2].abs().max() < 1e-4
+    assert torch.isfinite(model.limit) and model.limit > 0
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_members_differ_more_off_the_data_than_on_them(learnt):
+    model, data = learnt
+    model = proco.copy.deepcopy(model)
+    model.low, model.high = model.low - 1e3, model.high + 1e3
+    off = data["state"][:200] * torch.tensor([8.0, 8.0, 1.0])
+    near, far = (model.disagreement(model.step(s, data["action"][:200])).median() for s in (data["state"][:200], off))
+    assert far > 3 * near
+
+
+def test_a_roll_out_invents_no_speeds(learnt):
+    model, state = learnt[0], torch.tensor([[0.9, 1.99, 5.0]]).expand(50, -1)
+    for _ in range(30):
+        state = model.step(state, torch.ones(50, 1))[0]
+    assert state[:, 1].max() <= 2 + 0.05 * 4 + 1e-4
+
+
+def test_the_dynamics_report(learnt):
+    model, data = learnt
+    rows = {key: [] for key in ("state", "next_state", "action", "episode")}
+    for episode in range(30):                                                   # now in the order of time
+        state = torch.tensor([-2 + episode / 30, episode / 100, 5])
+        for t in range(30):
+            action = data["action"][30 * episode + t]
+            v = (state[1] + 0.1 * action[0]).clamp(-2, 2)
+            after = torch.stack([state[0] + 0.1 * v, v, state[2]])
+            for key, value in zip(rows, (state, after, action, torch.tensor(episode))):
+                rows[key].append(value)
+            state = after
+    report = proco.dynamics_report(model, {key: torch.stack(value) for key, value in rows.items()}, steps=(1, 4))
+    assert set(report) == {"sensors"} and set(report["sensors"]) == {"r2", "error", "nothing_changes"}
+    row = report["sensors"]
+    assert row["r2"] > 0.9 and len(row["error"]) == len(row["nothing_changes"]) == 2
+    assert row["error"][0] < 0.3 * row["nothing_changes"][0] and row["error"][1] < 0.3 * row["nothing_changes"][1]
+
+
+def test_disagreement_is_in_standardised_changes_and_of_the_worst_sensor():
+    model = still(DI, members=2)
+    model.change = torch.tensor([0.5, 2.0])
+    same = torch.randn(3, 2).expand(2, 3, 2)
+    assert model.disagreement(same).abs().max() < 1e-6
+    apart = same.clone()
+    apart[1, 0, 0] += 1.0                                                       # two changes of x
+    apart[1, 1, 1] += 1.0                                                       # half a change of v
+    apart[1, 2] += torch.tensor([1.0, 1.0])
+    d = model.disagreement(apart)
+    assert d.shape == (3,) and (d / d[1]).tolist() == pytest.approx([4, 1, 4], rel=1e-4)
+
+
+def test_what_costs_depend_on_is_predicted_well_on_the_real_simulator(driven):
+    """One episode of data: the nearest hazard is foretold far better than by "nothing changes"."""
+    task = get_task("PointGoal1")
+    data = {key: torch.tensor(proco.encode(driven[name], task)) for key, name in
+            (("state", "observations"), ("next_state", "next_observations"))}
+    data |= dict(action=torch.tensor(driven["actions"]), episode=torch.arange(1000) // 25)
+    torch.manual_seed(0)
+    model = proco.train_dynamics(data, task, small(hidden=128, model_epochs=60, scale=1.0), gen(2))
+    row = proco.dynamics_report(model, data, steps=(1,))["hazards"]
+    assert row["error"][0] < 0.5 * row["nothing_changes"][0] and row["error"][0] < 0.01
+
+
+# =====================================================================================================================
+# 3. Cost: the language side
+# =====================================================================================================================
 
 TASK = "PointGoal1"                                     # 60 observations, hazards lidar at 28:44
 GOOD = "def cost(obs, action, next_obs, margin=0.0):\n    d = 3 * (1 - next_obs[..., 28:44].amax(-1))\n" \
@@ -158,7 +825,7 @@ def test_cached_predicates(task):
 def test_prompts_tell_facts_and_what_is_missing_is_said():
     for task in TASKS:
         text = prompt(task)
-        assert task in text and ("lidar" in text) == ("Velocity" not in task)
+        assert task in text and ("lidar" in text) == (task in WITH_LIDARS)
         assert ("Gremlins" in text) == ("Button" in task) and ("Vases" in text) == ("Goal2" in task)
     assert "24 to 39: the circle lidar" in prompt("CarCircle2")
     assert "12 to 27: the circle lidar" in prompt("PointCircle2")
@@ -170,9 +837,9 @@ def test_prompts_tell_facts_and_what_is_missing_is_said():
 
 def scene(task, lidars, yaw=0.0):
     """An observation in which each named lidar sees objects at (distance m, bearing degrees)."""
-    obs = torch.zeros(proco.task_dims(task)[0])
+    obs = torch.zeros(get_task(task).obs_dim)
     obs[9], obs[10] = -0.5 * math.sin(yaw), -0.5 * math.cos(yaw)
-    for L in proco.make_lidars(task)[1]:
+    for L in get_task(task).lidars:
         for distance, bearing in lidars.get(L.name, ()):
             i, v = int(bearing % 360 // 22.5), max(0.0, 1 - distance / L.reach)
             f = bearing % 360 / 22.5 - i
@@ -213,7 +880,7 @@ def test_buttons_are_off_while_their_lidar_is_dark():
 @pytest.mark.parametrize("task, i, limit", [("HalfCheetahVelocity", 8, 3.2096), ("HopperVelocity", 5, 0.7402),
                                             ("SwimmerVelocity", 3, 0.2282), ("Walker2dVelocity", 8, 2.3415)])
 def test_speed_is_the_mean_over_the_step(task, i, limit):
-    cost, (size, actions) = load_cost(task), proco.task_dims(task)
+    cost, size, actions = load_cost(task), get_task(task).obs_dim, get_task(task).act_dim
     obs, next_obs, action = torch.zeros(size), torch.zeros(size), torch.zeros(actions)
     obs[i], next_obs[i] = limit + 0.1, limit - 0.08
     assert cost(obs, action, next_obs) == 1 and cost(obs, action, 2 * next_obs - obs) == 0
@@ -299,3 +966,652 @@ def test_write_cost_with_nobody_there(url, tmp_path):
     with pytest.raises(ProcoError) as e:
         write_cost(TASK, url, "m", out_dir=tmp_path, key="very\nsecret")
     assert "secret" not in str(e.value)
+
+
+# =====================================================================================================================
+# 3. Cost: what a predicate is used for
+# =====================================================================================================================
+
+
+def test_danger_distance_is_the_distance_to_the_wall():
+    cost = load_cost("DoubleIntegrator")
+    x = torch.tensor([-3.0, -0.2, 0.0, 0.25, 0.6, 0.93, 0.999, 1.0, 1.5])
+    obs = torch.stack([x, torch.zeros(9)], -1)
+    gap = proco.danger_distance(cost, obs, torch.zeros(9, 1), obs)
+    assert gap.tolist() == pytest.approx([1, 1, 1, 0.75, 0.4, 0.07, 0.001, 0, 0], abs=0.005)
+    assert (gap[x < 1] > 0).all() and (gap[x >= 1] == 0).all()
+
+
+def test_danger_distance_is_the_distance_to_the_nearest_hazard():
+    task, cost = get_task("PointGoal1"), load_cost("PointGoal1")
+    state = spread_out(task, np.random.default_rng(8), 50)
+    at = task.lidars[1].at
+    truth = (state[:, at:at + 2].norm(dim=-1) - 0.2).clamp(0, 1)
+    obs = proco.decode(state, task)
+    assert (proco.danger_distance(cost, obs, torch.zeros(50, 2), obs) - truth).abs().max() < 0.006
+
+
+def test_the_conservative_cost_is_the_worst_over_members_and_margin():
+    cost, rng = load_cost("DoubleIntegrator"), np.random.default_rng(0)
+    nexts = torch.tensor(rng.uniform(0.5, 1.1, (3, 40, 2)), dtype=torch.float32)
+    state, action, model = torch.zeros(40, 2), torch.zeros(40, 1), SimpleNamespace(task=DI)
+    for margin in (0.0, 0.1, 0.3):
+        c = proco.conservative_cost(model, cost, state, action, nexts, margin)
+        assert c.tolist() == [float(any(x + margin >= 1 for x in nexts[:, row, 0])) for row in range(40)]
+
+
+def test_the_margin_covers_the_models_own_error():
+    """A model that is always 1.5 cm too optimistic gets a margin of about two such errors, within bounds."""
+    x = torch.linspace(0.55, 0.95, 200)
+    data = dict(state=torch.stack([x, 0 * x], -1), action=torch.zeros(200, 1), danger=1 - x,
+                episode=torch.full((200,), 9))
+    off = lambda error: SimpleNamespace(task=DI, step=lambda s, a: (s - torch.tensor([error, 0.0]))[None])
+    margins = [proco.model_margin(off(error), load_cost("DoubleIntegrator"), data) for error in (0.0, 0.015, 0.08)]
+    assert 0 < margins[0] < margins[1] < margins[2] <= 0.1 and 0.02 < margins[1] < 0.04
+
+
+# =====================================================================================================================
+# 4. Counterfactual roll-outs
+# =====================================================================================================================
+
+
+class Exact:
+    """The double integrator itself in the place of a learnt model."""
+
+    task, elites, limit = DI, torch.zeros(1, dtype=torch.long), torch.tensor(math.inf)
+
+    def step(self, state, action):
+        v = (state[:, 1] + 0.1 * action[:, 0]).clamp(-2, 2)
+        return torch.stack([state[:, 0] + 0.1 * v, v], -1)[None]
+
+
+@pytest.fixture(scope="session")
+def newborn():
+    torch.manual_seed(3)
+    return proco.Agent(DI, small())
+
+
+def roll(agent, starts, model=None, margin=0.0, seed=0, **changes):
+    return proco.counterfactual_rollouts(model or Exact(), load_cost("DoubleIntegrator"), agent, starts,
+                                         small(**changes), margin, gen(seed))
+
+
+def starts(count=100, low=-1.0, high=0.95):
+    rng = np.random.default_rng(1)
+    return torch.tensor(np.stack([rng.uniform(low, high, count), rng.uniform(-0.5, 2, count)], -1), dtype=torch.float32)
+
+
+def test_roll_outs_follow_the_model_and_are_labelled_by_the_predicate(newborn):
+    margin = 0.05
+    rows = roll(newborn, starts(), margin=margin, horizon=15)
+    count = len(rows["state"])
+    assert {key: rows[key].shape for key in ("state", "action", "next_state", "cost", "risky")} == dict(
+        state=(count, 2), action=(count, 1), next_state=(count, 2), cost=(count,), risky=(count,))
+    assert all(len(value) == count for value in rows.values()) and 500 < count <= 100 * 15
+    assert torch.allclose(rows["next_state"], Exact().step(rows["state"], rows["action"])[0])
+    assert torch.equal(rows["cost"], (rows["next_state"][:, 0] + margin >= 1).float())
+    assert rows["action"].abs().max() <= 1 and rows["action"].std() > 0.3
+    assert 0.05 < rows["cost"].mean() < 0.8                                     # unsafe samples and safe ones
+
+
+def test_risky_rows_are_those_at_or_shortly_before_a_violation(newborn):
+    rows = roll(newborn, starts(), horizon=25)
+    at = {tuple(s): k for k, s in enumerate(rows["state"].tolist())}            # the next row starts where one ended
+    after = [at.get(tuple(s)) for s in rows["next_state"].tolist()]
+    truth = []
+    for k in range(len(after)):
+        hit, steps = False, 0
+        while k is not None and steps <= proco.RISKY:
+            hit |= rows["cost"][k] > 0
+            k, steps = after[k], steps + 1
+        truth.append(bool(hit))
+    assert rows["risky"].tolist() == truth and 0.1 < np.mean(truth) < 0.9
+
+
+def test_roll_outs_linger_in_danger_and_then_end(newborn):
+    inside, horizon = torch.tensor([[50.0, 0.0]]).repeat(20, 1), 30
+    rows = roll(newborn, inside, horizon=horizon)
+    assert rows["cost"].all() and rows["risky"].all()
+    assert proco.LINGER <= len(rows["cost"]) / 20 <= proco.LINGER + 1 < horizon
+    outside = roll(newborn, -inside, horizon=horizon)
+    assert len(outside["cost"]) == 20 * horizon and not outside["cost"].any() and not outside["risky"].any()
+
+
+def test_roll_outs_end_where_the_members_differ_too_much(newborn):
+    class Unsure(Exact):
+        elites, limit = torch.zeros(2, dtype=torch.long), torch.tensor(0.3)
+        step = lambda self, state, action: Exact.step(self, state, action).expand(2, -1, -1)
+        disagreement = lambda self, nexts: nexts[0, :, 0]                       # sure of itself only left of 0.3
+    rows = roll(newborn, starts(), Unsure(), horizon=12)
+    assert rows["next_state"][:, 0].max() <= 0.3 and 0 < len(rows["cost"]) < 1200
+
+
+def test_displaced_starts_are_the_same_scene_from_beside():
+    task, count = get_task("PointGoal1"), 200
+    state = spread_out(task, np.random.default_rng(9), count)
+    last = task.lidars[1].at + 8
+    state[:, last:last + 2] = torch.tensor([3.0, 0])                            # one hazard out of reach
+    out = proco.displaced(state.clone(), task, gen())
+    assert out.shape == state.shape and torch.equal(out, proco.displaced(state.clone(), task, gen()))
+    assert torch.equal(out[:, 3:5], state[:, 3:5])                              # the compass stays
+    goal = task.lidars[0].at
+    shift = out[:, goal:goal + 2] - state[:, goal:goal + 2]                     # there is one goal: it tells the shift
+    assert shift.norm(dim=-1).max() <= 0.5 + 1e-5 and shift.std(0).min() > 0.1
+    moved = state.clone()
+    for at in range(5, task.state_dim, 2):
+        moved[:, at:at + 2] += shift * (state[:, at:at + 2].norm(dim=-1, keepdim=True) < 2.999)
+    assert torch.allclose(proco.nearest_first(moved, task)[:, 5:], out[:, 5:], atol=1e-5)
+
+
+def test_roll_outs_repeat_themselves_under_the_same_generator(newborn):
+    one, two, other = roll(newborn, starts()), roll(newborn, starts()), roll(newborn, starts(), seed=1)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(one["action"][:100], other["action"][:100])
+
+
+def test_some_roll_outs_seek_what_the_feasibility_value_fears(newborn):
+    agent = proco.copy.deepcopy(newborn)
+    agent.danger = lambda state, actions: actions.repeat(1, 1, 2)               # it fears thrust
+    first = roll(agent, starts(), horizon=1)["action"][:, 0]
+    agent.danger = lambda state, actions: -actions.repeat(1, 1, 2)              # it fears braking
+    second = roll(agent, starts(), horizon=1)["action"][:, 0]
+    assert ((first == 1) & (second == -1)).sum() >= 10 and ((first == -1) & (second == 1)).sum() >= 10
+
+
+# =====================================================================================================================
+# 5. Feasibility
+# =====================================================================================================================
+
+
+def test_the_feasibility_values_settle_at_their_closed_form():
+    """A chain 4 -> 3 -> 2 -> 1 -> 0 into a trap, a safe place, a place where the sign of the action decides between
+    them, and one that grazes danger once and is safe thereafter. V_f = gamma_f^k, k steps before the trap; Q_c sums."""
+    trap, safe, choice, graze, gamma_f = 0, 5, 6, 7, 0.8
+    task = proco.Task("Chain", 8, 1, 9, 1.0, tuple(range(8)))
+    rng = np.random.default_rng(0)
+    at, action = rng.integers(0, 8, 800), rng.uniform(-1, 1, 800).astype(np.float32)
+    after = np.select([at == trap, at <= 4, at == choice], [trap, at - 1, np.where(action > 0, safe, trap)], safe)
+    cost = torch.tensor(((after == trap) | (at == graze)).astype(np.float32))
+    eye = torch.eye(8)
+    state, next_state, act = eye[at], eye[after], torch.tensor(action[:, None])
+    torch.manual_seed(1)
+    agent = proco.Agent(task, small(hidden=48), dict(state=state))
+    optimiser, generator = proco.adam(agent.q_s, agent.v_s, rate=3e-3), gen(0)
+    for step in range(900):
+        optimiser.param_groups[0]["lr"] = 3e-3 * min(1, 2 * (1 - step / 900))
+        rows = torch.randint(800, (128,), generator=generator)
+        proco.descend(optimiser, proco.feasibility_loss(agent, state[rows], act[rows], next_state[rows], cost[rows],
+                                                        gamma_f, generator))
+    v_f = agent.feasibility(eye.numpy())
+    assert v_f[:5] == pytest.approx([1, 1, gamma_f, gamma_f ** 2, gamma_f ** 3], abs=0.06)
+    assert v_f[safe] == pytest.approx(0, abs=0.06) and v_f[choice] < 0.15       # the right action saves it
+    q = agent.danger(eye[[choice, choice, graze, 1, 3]], torch.tensor([[0.7], [-0.7], [0.0], [0.0], [0.0]])).detach()
+    assert q[:, 0].tolist() == pytest.approx([0, 1, 1, 1, gamma_f ** 2], abs=0.1)
+    assert q[2:, 1].tolist() == pytest.approx([1 - gamma_f, 1, gamma_f ** 2], abs=0.1)     # grazing beats staying
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_candidates_hold_the_proposal_and_corners_within_the_box(size):
+    proposal = torch.rand(5, size) * 2 - 1
+    options = proco.candidate_actions(proposal, 16, gen())
+    assert options.shape == (16, 5, size) and options.abs().max() <= 1
+    assert (options == proposal).all(-1).any(0).all()
+    corners = {tuple(o) for o in options[:, 0].tolist() if all(abs(x) == 1 for x in o)}
+    assert len(corners) >= min(2 ** size, 4)
+    assert torch.equal(options, proco.candidate_actions(proposal, 16, gen()))
+    assert (options - proposal).abs().flatten(1).amax(1).gt(0.05).sum() >= 8    # and they are spread
+
+
+def watchful(q_f, q_c, **changes):
+    """An agent on a plane whose safety values are given functions of the action."""
+    torch.manual_seed(0)
+    agent = proco.Agent(proco.Task("Plane", 2, 2, 9, 1.0, (0, 1)), small(**changes))
+    agent.danger = lambda state, actions: torch.stack([q_f(actions), q_c(actions)], -1)
+    return agent
+
+
+def test_choose_takes_the_nearest_feasible_candidate():
+    agent = watchful(lambda a: 1 - (a[..., 0] > 0.5).float(), lambda a: a[..., 0])
+    state = torch.randn(30, 2)
+    agent.propose = lambda state: torch.tensor([0.1, 0.2]).expand(30, 2)
+    options, chosen = proco.candidate_actions(agent.propose(state), 16, gen(4)), agent.choose(state, gen(4))
+    for row in range(30):
+        fine = [o for o in options[:, row].tolist() if o[0] > 0.5]
+        assert chosen[row].tolist() == min(fine, key=lambda o: (o[0] - 0.1) ** 2 + (o[1] - 0.2) ** 2)
+    agent.danger = lambda state, actions: torch.zeros(*actions.shape[:-1], 2)
+    assert torch.equal(agent.choose(state), agent.propose(state))               # a feasible proposal is taken as it is
+
+
+def test_choose_takes_the_least_cost_where_nothing_is_feasible():
+    agent = watchful(lambda a: torch.ones_like(a[..., 0]), lambda a: (a[..., 0] - 0.3) ** 2 + a[..., 1] ** 2)
+    state = torch.randn(20, 2)
+    options, chosen = proco.candidate_actions(agent.propose(state), 16, gen(4)), agent.choose(state, gen(4))
+    for row in range(20):
+        assert chosen[row].tolist() == min(options[:, row].tolist(), key=lambda o: (o[0] - 0.3) ** 2 + o[1] ** 2)
+
+
+@pytest.mark.parametrize("changes", [dict(candidates=0), dict(method="bc"), dict(method="td3bc")])
+def test_without_the_filter_the_proposal_is_the_action(changes):
+    agent = watchful(lambda a: torch.ones_like(a[..., 0]), lambda a: a[..., 0], **changes)
+    state = torch.randn(9, 2)
+    assert torch.equal(agent.choose(state), agent.propose(state))
+
+
+def test_danger_is_the_graver_of_the_twins(newborn):
+    state, actions = torch.randn(6, 2), torch.rand(4, 6, 1) * 2 - 1
+    out = newborn.danger(state, actions)
+    assert out.shape == (4, 6, 2)
+    twins = newborn.q_s(torch.cat([newborn.features(state), actions[2]], -1))
+    assert torch.allclose(out[2], torch.maximum(twins[0], twins[1]), atol=1e-6)
+    assert torch.allclose(newborn.danger(state, actions[1]), out[1], atol=1e-6)
+
+
+# =====================================================================================================================
+# 6. Policy
+# =====================================================================================================================
+
+
+class Known(torch.nn.Module):
+    """A network that is a formula of the last input, the action: out (members, B, columns)."""
+
+    def __init__(self, *columns, members=1):
+        super().__init__()
+        self.columns, self.members = columns, members
+
+    def forward(self, x):
+        x = x.expand(self.members, *x.shape[-2:])
+        return torch.stack([column(x[..., -1]) for column in self.columns], -1)
+
+
+def pushed(method="proco", q_r=lambda a: 0 * a + 1, q_f=lambda a: 0 * a, q_c=lambda a: 0 * a, v_f=0.0, lam=0.0,
+           data=None, **changes):
+    """Which way one step of descent on the actor's loss moves its action: > 0 is up. Every value is a formula of a."""
+    cfg = small(method=method, **changes)
+    torch.manual_seed(0)
+    agent = proco.Agent(DI, cfg)
+    agent.q_r, agent.q_s = Known(q_r, members=2), Known(q_f, q_c, members=2)
+    agent.v_s = Known(lambda a: 0 * a + v_f, lambda a: 0 * a + v_f)
+    agent.lam.weights[-1].data.zero_()
+    agent.lam.biases[-1].data.fill_(lam)
+    state = torch.randn(64, 2)
+    action = agent.propose(state).detach() if data is None else torch.full((64, 1), data)
+    loss = proco.actor_loss(agent, state, action, torch.randn(64, 2), cfg)[0]
+    loss.backward()
+    return -float(agent.actor.biases[-1].grad.sum())
+
+
+def test_the_actor_is_pushed_the_right_way():
+    up, down = (lambda a: a + 3), (lambda a: 3 - a)
+    assert pushed("bc", data=1.0) > 0 > pushed("bc", data=-1.0)                 # towards the data
+    assert pushed("bc", q_r=up) == 0                                            # and nothing else
+    assert pushed("td3bc", q_r=up) > 0 > pushed("td3bc", q_r=down)              # towards reward
+    assert pushed(q_r=up) > 0 > pushed(q_r=down)
+    assert pushed(data=1.0) > 0 > pushed(data=-1.0)
+    feared = lambda a: 0.1 + 0.05 * a                                           # Q_f rises with the action
+    assert pushed(q_f=feared, lam=5.0) < 0                                      # feasible: away from what Q_f fears
+    assert pushed(q_r=up, q_f=lambda a: 0.1 + a, lam=1e3) < 0                   # at any reward, if lambda is high
+    assert pushed(q_c=lambda a: a, v_f=1.0) < 0 < pushed(q_c=lambda a: -a, v_f=1.0)         # infeasible: the way back
+    assert pushed(q_r=up, q_c=lambda a: 0.3 * a, v_f=1.0) < 0                   # whatever it earns
+    assert pushed(q_r=up, q_c=lambda a: 0.3 * a, v_f=0.0) > 0                   # where feasible, Q_c says nothing
+
+
+def lam_moves(excess, feasible):
+    torch.manual_seed(0)
+    agent = proco.Agent(DI, small())
+    features = torch.randn(32, 2)
+    proco.dual_step(agent, torch.full((32,), excess), torch.full((32,), feasible), features).backward()
+    return -float(agent.lam.biases[-1].grad.sum())
+
+
+def test_the_multiplier_rises_where_the_constraint_is_broken():
+    assert lam_moves(0.2, True) > 0 > lam_moves(-0.2, True)
+    assert lam_moves(0.4, True) == pytest.approx(2 * lam_moves(0.2, True))
+    assert lam_moves(0.2, False) == 0
+
+
+def test_the_multiplier_is_bounded():
+    agent, features = proco.Agent(DI, small()), torch.randn(32, 2)
+    values = []
+    for bias in (-1e6, -1.0, 0.0, 1.0, 1e6, 1e8):
+        agent.lam.biases[-1].data.fill_(bias)
+        values.append(proco.multiplier(agent, features))
+    assert all(value.shape == (32,) and torch.isfinite(value).all() and (value >= 0).all() for value in values)
+    means = [float(value.detach().mean()) for value in values]
+    assert means == sorted(means) and means[0] < 1e-3 < means[3] and means[4] == means[5] < 1e3
+
+
+@pytest.mark.parametrize("done, target", [(0.0, 0.5 + 0.9 * 2), (1.0, 0.5)])
+def test_the_reward_critics_target(done, target):
+    """r + gamma times the smaller of the slow twins, and nothing beyond an end."""
+    agent = proco.Agent(DI, small())
+    slow = Known(lambda a: 0 * a)
+    slow.forward = lambda x: torch.stack([torch.full((len(x), 1), 3.0), torch.full((len(x), 1), 2.0)])
+    agent.q_r_slow = slow
+
+    def loss(value):
+        agent.q_r = Known(lambda a: 0 * a + value, members=2)
+        state = torch.randn(16, 2)
+        return float(proco.reward_critic_loss(agent, state, torch.zeros(16, 1), torch.full((16,), 0.5), state,
+                                              torch.full((16,), done), 0.9, gen()))
+    assert loss(target) == pytest.approx(0, abs=1e-9)
+    assert loss(target + 0.2) == pytest.approx(loss(target - 0.2), rel=1e-3)
+    assert loss(target + 0.2) == pytest.approx(4 * loss(target + 0.1), rel=1e-3) and loss(target + 0.1) > 0.005
+
+
+# =====================================================================================================================
+# 7. Evaluation
+# =====================================================================================================================
+
+
+def test_area_under_curve_is_the_chance_of_the_right_order():
+    rng = np.random.default_rng(0)
+    for scale in (3, 50):                                                       # many ties, few ties
+        scores, labels = rng.integers(0, scale, 60).astype(float), rng.random(60) < 0.3
+        brute = np.mean([(p > n) + (p == n) / 2 for p in scores[labels] for n in scores[~labels]])
+        assert proco.area_under_curve(scores, labels) == pytest.approx(brute)
+    assert proco.area_under_curve(np.array([1.0, 2, 3]), np.array([False, True, True])) == 1
+
+
+@pytest.mark.parametrize("name, low, high", [("CarButton1", 0.0028926206826067613, 44.420003345738984),
+                                             ("PointGoal1", 0.01196012764197707, 30.071114857340543),
+                                             ("CarCircle2", 5.113386154174805, 25.950098037719727)])
+def test_scores_are_normalised_by_dsrls_numbers(name, low, high):
+    if importlib.util.find_spec("dsrl") is None:
+        pytest.skip("dsrl is not installed")
+    assert proco.normalised(name, low, 0.0) == pytest.approx((0, 0))
+    assert proco.normalised(name, high, 20.0) == pytest.approx((1, 1))
+    assert proco.normalised(name, (low + high) / 2, 5.0) == pytest.approx((0.5, 0.25))
+
+
+def test_what_dsrl_does_not_know_is_not_normalised():
+    assert proco.normalised("DoubleIntegrator", 1.0, 1.0) == (None, None)
+
+
+def full_throttle(obs):
+    return np.ones((len(obs), 1), np.float32)
+
+
+def test_episodes_in_lockstep_are_episodes_alone():
+    act = lambda obs: np.clip(1 - obs[:, :1] - obs[:, 1:], -1, 1)
+    together = proco.drive(None, "DoubleIntegrator", [3, 4, 5], act)
+    for row in together:
+        env = proco.DoubleIntegrator()
+        obs, ended, total, cost = env.reset(seed=row.seed)[0], False, 0, 0
+        while not ended:
+            obs, reward, c, _, ended, _ = env.step(act(obs[None])[0])
+            total, cost = total + reward, cost + c
+        assert (row.ret, row.cost, row.length) == (pytest.approx(total), cost, 100) and len(row.obs) == 100
+    assert len({row.ret for row in together}) == 3
+    crash = proco.drive(None, "DoubleIntegrator", [3], full_throttle)[0]
+    assert crash.cost == sum(crash.costs) > 50
+
+
+def test_the_warning_table_on_a_case_counted_by_hand():
+    """One violation, at step 10 of 30: eleven steps are outside, of which the last k come within k steps of it."""
+    x = np.linspace(0, 0.9, 11).tolist() + [1.2] * 19
+    row = SimpleNamespace(obs=[np.float32([v, 0]) for v in x], costs=[0] * 10 + [1] * 20, actions=[np.zeros(1)] * 30)
+    agent = SimpleNamespace(feasibility=lambda obs: obs[:, 0])
+    for (k, value, gap, share) in proco.warning_table(agent, load_cost("DoubleIntegrator"), [row], (1, 5)):
+        assert value == gap == 1 and share == pytest.approx(k / 11)
+    agent = SimpleNamespace(feasibility=lambda obs: -obs[:, 0])
+    assert proco.warning_table(agent, load_cost("DoubleIntegrator"), [row], (5,))[0][1] == 0
+
+
+def test_the_summary_counts_violation_free_episodes():
+    rows = [SimpleNamespace(ret=r, cost=c) for r, c in ((1.0, 0), (3.0, 0), (5.0, 4), (7.0, 0))]
+    score = proco.summary("DoubleIntegrator", rows)
+    assert (score["episodes"], score["return_mean"], score["cost_mean"], score["zero_cost_share"]) == (4, 4, 1, 0.75)
+    assert score["return_std"] == pytest.approx(math.sqrt(5)) and score["cost_std"] == pytest.approx(math.sqrt(3))
+
+
+# =====================================================================================================================
+# 8. The command line, and whole runs
+# =====================================================================================================================
+
+
+def fails(capsys, *flags):
+    """The one line that a failing command says."""
+    assert proco.main(list(map(str, flags))) == 2
+    out = capsys.readouterr()
+    assert out.err.count("\n") == 1 and len(out.err) < 500 and "Traceback" not in out.err
+    return out.err
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--task", "PointGaol1"], "PointGoal1"), (["--task", "DoubleIntegrator", "--method", "magic"], "bc, td3bc"),
+    (["--task", "DoubleIntegrator", "--data", "nowhere.hdf5"], "nowhere.hdf5"),
+    (["--task", "PointGoal1", "--data", "dsrl"], "PointGoal1"),
+    (["--task", "AntVelocity", "--data", "driver"], "AntVelocity"),
+    (["--diagnose", "nowhere"], "nowhere"), (["--task", "DoubleIntegrator", "--device", "abacus"], "abacus"),
+    (["--write-cost"], "--llm-url")])
+def test_expected_failures_say_one_line_and_exit_with_2(flags, why, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert why in fails(capsys, *flags)
+
+
+@pytest.mark.parametrize("flags", ["--driver-episodes 0", "--driver-episodes 5", "--horizon 0", "--ensemble 0",
+                                   "--ensemble 1", "--eps 0", "--gamma-f 1", "--scale nan", "--hidden 1",
+                                   "--margin 0", "--candidates 1", "--rollouts 0", "--raw-obs"])
+def test_odd_settings_work_or_are_refused_in_one_line(flags, capsys, tmp_path):
+    tiny = (f"--task DoubleIntegrator --hidden 16 --batch 16 --ensemble 3 --scale 0.002 --driver-episodes 12 "
+            f"--device cpu --eval-episodes 2 --data driver --out {tmp_path}")
+    code = proco.main(tiny.split() + flags.split())
+    err = capsys.readouterr().err
+    assert code == 0 and math.isfinite(json.loads((tmp_path / "DoubleIntegrator/proco/seed0/results.json").read_text())
+                                       ["eval"]["return_mean"]) or code == 2 and err.count("\n") == 1
+
+
+def test_a_gpu_that_is_not_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "cuda" in fails(capsys, "--task", "DoubleIntegrator", "--device", "cuda", "--out", tmp_path)
+
+
+def test_an_out_that_cannot_be_a_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "file" in fails(capsys, "--task", "DoubleIntegrator", "--out", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_program_itself_exits_with_2_and_debug_shows_the_traceback(tmp_path):
+    command = [sys.executable, proco.__file__, "--task", "PointGaol1"]
+    plain, debug = (subprocess.Popen(command + more, cwd=tmp_path, text=True, stdout=-1, stderr=-1)
+                    for more in ([], ["--debug"]))
+    out, err = plain.communicate(timeout=120)
+    assert plain.returncode == 2 and out == "" and err.count("\n") == 1 and err.startswith("proco: ")
+    assert "Traceback" in debug.communicate(timeout=120)[1] and debug.returncode != 0
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as e:
+        proco.main(["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0
+    for field in dataclasses.fields(proco.Config):
+        assert re.search(rf"^  --{field.name.replace('_', '-')}\b", text, re.M), field.name
+        assert " ".join(field.metadata["help"].split()) in " ".join(text.split())
+    for flag in ("--resume", "--diagnose", "--write-cost"):
+        assert flag in text
+
+
+def test_flags_become_settings():
+    assert proco.parse([])[0] == proco.Config()
+    cfg, more = proco.parse("--task CarGoal1 --eval-episodes 7 --scale 0.5 --raw-obs --seed 3 --resume".split())
+    assert (cfg.task, cfg.eval_episodes, cfg.scale, cfg.raw_obs, cfg.seed) == ("CarGoal1", 7, 0.5, True, 3)
+    assert more.resume and not more.diagnose
+
+
+def read(folder, name):
+    with open(Path(folder) / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=False)["learner"]["agent"]
+
+
+def same_run(one, two):
+    """Bit for bit: every weight, and every evaluation episode."""
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert read(one, "episodes.csv") == read(two, "episodes.csv")
+
+
+@pytest.fixture(scope="session")
+def trained(cache):
+    """A whole run in seconds -> its folder and results."""
+    keep, proco.CACHE = proco.CACHE, cache
+    results = proco.run(small(out=str(cache / "runs")))
+    proco.CACHE = keep
+    return cache / "runs" / "DoubleIntegrator" / "proco" / "seed0", results
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    folder, results = trained
+    assert {"config.json", "metrics.csv", "episodes.csv", "results.json", "checkpoint.pt"} <= {
+        path.name for path in folder.iterdir()}
+    assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
+    assert json.loads((folder / "config.json").read_text()) == dataclasses.asdict(small(out=str(folder.parents[2])))
+    saved = json.loads((folder / "results.json").read_text())
+    assert {"task", "method", "seed", "data", "eval", "timing", "versions", "warnings"} <= set(saved)
+    assert {"source", "path", "episodes", "transitions", "unsafe_share", "return_mean"} <= set(saved["data"])
+    assert set(saved["eval"]) >= {"episodes", "return_mean", "return_std", "cost_mean", "cost_std", "zero_cost_share",
+                                  "normalized_return", "normalized_cost"}
+    assert (saved["task"], saved["method"], saved["seed"]) == ("DoubleIntegrator", "proco", 0)
+    assert saved["data"]["source"] == "driver" and saved["data"]["transitions"] == 2000
+    assert saved["data"]["unsafe_share"] == 0 and saved["versions"]["torch"] == torch.__version__
+    assert {"data", "dynamics", "evaluation", "total"} <= set(saved["timing"])
+    assert all(seconds >= 0 for seconds in saved["timing"].values())
+    rows = read(folder, "episodes.csv")
+    assert list(rows[0]) == ["seed", "return", "cost", "length"]
+    assert len({row["seed"] for row in rows}) == len(rows) == 4
+    assert np.mean([float(row["return"]) for row in rows]) == pytest.approx(saved["eval"]["return_mean"])
+    assert np.mean([float(row["cost"]) for row in rows]) == pytest.approx(saved["eval"]["cost_mean"])
+    assert len(read(folder, "metrics.csv")) >= 1
+
+
+def test_load_run(trained):
+    agent, rng = proco.load_run(trained[0]), np.random.default_rng(0)
+    obs = rng.normal(0, 1, (50, 2)).astype(np.float32)
+    actions, values = agent.act(obs), agent.feasibility(obs)
+    assert actions.shape == (50, 1) and actions.dtype == np.float32 and np.abs(actions).max() <= 1
+    assert values.shape == (50,) and values.dtype == np.float32 and 0 <= values.min() <= values.max() <= 1
+    assert 0 < agent.eps < 1
+    assert np.array_equal(agent.act(obs), actions)                              # acting is repeatable
+    with pytest.raises(ProcoError, match="nowhere"):
+        proco.load_run(trained[0] / "nowhere")
+
+
+def test_evaluation_gives_every_method_the_same_episodes(trained):
+    one, bare = (proco.evaluate(trained[0], "DoubleIntegrator", 5, behaviour=kind) for kind in ("policy", "bare"))
+    seeds = [row.seed for row in one]
+    assert seeds == sorted(set(seeds)) == [row.seed for row in bare] and len(seeds) == 5
+    for a, b in zip(one, bare):
+        assert np.array_equal(a.obs[0], b.obs[0])
+
+
+def test_diagnose_compares_value_and_distance(trained, capsys):
+    assert proco.main(["--diagnose", str(trained[0]), "--eval-episodes", "2"]) == 0
+    text = capsys.readouterr().out
+    for line in ("cloned policy", "bare actor", "sensors", "AUC"):
+        assert line in text
+
+
+def test_the_same_seed_makes_the_same_run(trained, tmp_path):
+    proco.run(small(out=str(tmp_path)))
+    folder = tmp_path / "DoubleIntegrator" / "proco" / "seed0"
+    same_run(trained[0], folder)
+    proco.run(small(out=str(tmp_path), seed=1))
+    other = weights(folder.parent / "seed1")
+    assert any(not torch.equal(value, other[key]) for key, value in weights(folder).items())
+
+
+@pytest.mark.parametrize("method", ["bc", "td3bc"])
+def test_the_other_methods_run(method, tmp_path):
+    results = proco.run(small(method=method, out=str(tmp_path)))
+    assert results["method"] == method and results["eval"]["episodes"] == 4
+    agent = proco.load_run(tmp_path / "DoubleIntegrator" / method / "seed0")
+    state = torch.randn(5, 2)
+    assert torch.equal(agent.choose(state), agent.propose(state))
+    if method == "bc":                                                          # the clone, as it was
+        assert torch.equal(agent.actor.weights[0], agent.clone.weights[0])
+
+
+@pytest.fixture
+def signals():
+    """What a run does to signal handlers ends with the test."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(trained, tmp_path, monkeypatch, signals):
+    update, count = proco.Learner.update, []
+
+    def interrupted(learner):
+        count.append(1)
+        if len(count) == 61:                                                    # in the midst of an update
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(learner)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proco.Learner, "update", interrupted)
+        with pytest.raises(ProcoError, match="--resume"):
+            proco.run(small(out=str(tmp_path)))
+    assert len(count) == 61
+    folder = tmp_path / "DoubleIntegrator" / "proco" / "seed0"
+    assert not (folder / "results.json").exists()
+    with monkeypatch.context() as patch:                                        # the model is not learnt again
+        patch.setattr(proco, "train_dynamics", None)
+        proco.run(small(out=str(tmp_path)), resume=True)
+    same_run(trained[0], folder)
+    assert read(trained[0], "metrics.csv")[-1] == read(folder, "metrics.csv")[-1]
+
+
+def test_a_run_that_is_killed_goes_on_bit_for_bit(trained, cache, tmp_path):
+    code = f"""
+import os, signal, torch, proco
+from pathlib import Path
+torch.set_num_threads(1)
+update, count = proco.Learner.update, []
+def killed(learner):
+    count.append(1)
+    if len(count) == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(learner)
+proco.Learner.update = killed
+proco.run({small(out=str(tmp_path))!r})
+""".replace("run(Config", "run(proco.Config")
+    done = python(code, tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    proco.run(small(out=str(tmp_path)), resume=True)
+    same_run(trained[0], tmp_path / "DoubleIntegrator" / "proco" / "seed0")
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(trained, tmp_path):
+    folder = tmp_path / "DoubleIntegrator" / "proco" / "seed0"
+    proco.run(small(out=str(tmp_path)))
+    before = weights(folder)
+    proco.run(small(out=str(tmp_path)), resume=True)
+    assert all(torch.equal(value, before[key]) for key, value in weights(folder).items())
+    with pytest.raises(ProcoError, match="gamma_f"):                            # other settings are another run
+        proco.run(small(out=str(tmp_path), gamma_f=0.9), resume=True)
+
+
+def test_a_broken_checkpoint_is_said_in_one_sentence(tmp_path, capsys):
+    folder = tmp_path / "DoubleIntegrator" / "proco" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"PK\x03\x04 not all of it")
+    assert "checkpoint.pt" in fails(capsys, "--diagnose", folder)
+
+
+@pytest.mark.skipif(not os.environ.get("PROCO_SLOW"), reason="takes a minute or two: set PROCO_SLOW=1")
+def test_the_double_integrator_at_full_length(tmp_path):
+    """Violation-free data alone: the infeasible set is found, and the policy never hits the wall."""
+    results = proco.run(proco.Config(task="DoubleIntegrator", out=str(tmp_path), device="cpu", eval_episodes=50))
+    agent = proco.load_run(tmp_path / "DoubleIntegrator" / "proco" / "seed0")
+    x, v = (axis.ravel() for axis in np.meshgrid(np.linspace(-1, 0.995, 200), np.linspace(-0.5, 2, 200)))
+    truth = proco.double_integrator_doomed(x, v)
+    found = agent.feasibility(np.stack([x, v], -1).astype(np.float32)) > agent.eps
+    assert results["data"]["unsafe_share"] == 0 and results["eval"]["cost_mean"] == 0
+    assert (truth & found).sum() / (truth | found).sum() >= 0.93 and (truth & ~found).sum() / truth.sum() <= 0.03

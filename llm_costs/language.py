@@ -1,18 +1,31 @@
-"""The fence around code by a stranger: what a cost predicate may say and do. Used by proco.compile_cost alone.
+"""The language side of step 3: what a language model is told, and the fence around the code that it answers with.
+Used through proco.prompt, compile_cost, load_cost and write_cost; `task` is a proco.Task throughout.
 
-First a whitelist over the syntax tree, then a meter on every operation while it runs. The walls are thick since a
-predicate comes from a language model, and some day from a file that somebody sent."""
+A predicate passes a whitelist over the syntax tree, runs under a meter on every operation, and has to behave on
+made-up steps. The walls are thick: it comes from a language model, and some day from a file that somebody sent."""
 import ast
+import datetime
+import hashlib
 import math
 import operator
+import os
+import re
 import time
 from itertools import zip_longest
+from pathlib import Path
 
+import numpy as np
 import torch
 
+HERE = Path(__file__).resolve().parent
 
-class Refused(Exception):
-    """Why a predicate is refused, in one sentence (a language model reads it, too)."""
+
+class ProcoError(Exception):
+    """Something a user can put right; the message is one sentence that says how."""
+
+
+class CostError(ProcoError):
+    """A cost predicate is refused; the message says in one sentence why (a language model reads it, too)."""
 
 
 # What a predicate may say. Everything else is refused, so that harm would have to be built out of these.
@@ -45,10 +58,10 @@ ADVICE = dict(AugAssign="assigns in place (write x = x + y)", While="has a while
 
 
 def check_syntax(tree):
-    """Raises Refused unless every node of a module is of a kind that a harmless predicate needs."""
+    """Raises CostError unless every node of a module is of a kind that a harmless predicate needs."""
     def need(fine, node, why):
         if not fine:
-            raise Refused((f"line {node.lineno} " if hasattr(node, "lineno") else "it ") + why[:200] + ".")
+            raise CostError((f"line {node.lineno} " if hasattr(node, "lineno") else "it ") + why[:200] + ".")
 
     functions, names, owners = [], set(), set()
     for node in ast.walk(tree):                                     # the names that the file itself makes
@@ -107,7 +120,7 @@ def check_syntax(tree):
     found = [[a.arg for a in f.args.args] for f in tree.body if isinstance(f, ast.FunctionDef)
              and f.name == "cost" and len(f.args.defaults) == 1]
     if found != [["obs", "action", "next_obs", "margin"]]:
-        raise Refused("there is no function cost(obs, action, next_obs, margin=0.0).")
+        raise CostError("there is no function cost(obs, action, next_obs, margin=0.0).")
 
 
 class Fence(ast.NodeTransformer):
@@ -144,18 +157,18 @@ class Meter(torch.overrides.TorchFunctionMode):
     def tick(self):
         self.left -= 1
         if self.left < 0 or time.monotonic() > self.end:
-            raise Refused("it does more work than a predicate needs.")
+            raise CostError("it does more work than a predicate needs.")
 
     def number(self, x):
         if not isinstance(x, (torch.Tensor, int, float, type(None))) or type(x) is int and abs(x) > 2 ** 40:
-            raise Refused("it computes with something other than tensors and moderate numbers.")
+            raise CostError("it computes with something other than tensors and moderate numbers.")
         return x
 
     def op(self, name, a, b):
         if name == "Add" and isinstance(a, tuple) and isinstance(b, tuple) and len(a) + len(b) < 16:
             return a + b                                            # obs.shape[:-1] + (16,)
         if name == "Pow" and not isinstance(b, torch.Tensor) and abs(self.number(b)) > 16:
-            raise Refused("it raises to a huge power.")
+            raise CostError("it raises to a huge power.")
         return self.number(OPERATORS[name](self.number(a), self.number(b)))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -167,11 +180,11 @@ class Meter(torch.overrides.TorchFunctionMode):
             elif isinstance(x, (tuple, list)):
                 stack.extend(x)
                 if len(stack) > 1000:
-                    raise Refused("it nests its tuples too deep.")
+                    raise CostError("it nests its tuples too deep.")
             elif isinstance(x, int):
                 ints *= max(abs(x), 1)
             elif isinstance(x, float) and name == "arange":
-                raise Refused("it counts in fractions (arange takes whole numbers here).")
+                raise CostError("it counts in fractions (arange takes whole numbers here).")
         sizes = [shape.numel() for shape in shapes]
         weight = max(sum(sizes), ints if name in GROWERS else 0)
         if name == "__getitem__":                                   # x[:, index] is as large as their product
@@ -180,15 +193,15 @@ class Meter(torch.overrides.TorchFunctionMode):
             ends = zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)
             weight = max(weight, math.prod(max(dims) for dims in ends))
         if weight > self.room:
-            raise Refused("it makes a huge tensor.")
+            raise CostError("it makes a huge tensor.")
         return func(*args, **(kwargs or {}))
 
 
 def fence_in(text, name):
-    """A predicate's source -> guarded(obs, action, next_obs, margin, seconds), its function `cost` under the meter.
-    Nothing of it runs before its syntax has passed. Raises Refused, then and later."""
+    """A predicate's source -> cost(obs, action, next_obs, margin=0.0, seconds=inf), its function `cost` under the
+    meter. Nothing of it runs before its syntax has passed. Raises CostError, then and later."""
     if len(text) > 20_000:
-        raise Refused("it is too long.")
+        raise CostError("it is too long.")
     try:
         tree = ast.parse(text)
         tree.body = [n for n in tree.body if ast.unparse(n) not in ("import torch", "import math")]
@@ -198,7 +211,7 @@ def fence_in(text, name):
         check_syntax(tree)
         code = compile(ast.fix_missing_locations(Fence().visit(tree)), f"<cost of {name}>", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        raise Refused(f"it is not Python: {getattr(e, 'msg', '') or type(e).__name__}.") from None
+        raise CostError(f"it is not Python: {getattr(e, 'msg', '') or type(e).__name__}.") from None
     meter = Meter()
     scope = dict(BUILTINS, __builtins__={}, torch=torch, math=math,
                  _op=meter.op, _number=meter.number, _tick=meter.tick)
@@ -208,11 +221,148 @@ def fence_in(text, name):
         try:
             with torch.no_grad(), meter:
                 return call()
-        except Refused:
+        except CostError:
             raise
         except Exception as e:
-            raise Refused(f"it raises {type(e).__name__}: {str(e)[:200].partition(chr(10))[0]}.") from e
+            raise CostError(f"it raises {type(e).__name__}: {str(e)[:200].partition(chr(10))[0]}.") from e
 
     run(lambda: exec(code, scope), 1, 1.0)
-    return lambda obs, action, next_obs, margin, seconds: run(
+    return lambda obs, action, next_obs, margin=0.0, seconds=math.inf: run(
         lambda: scope["cost"](obs, action, next_obs, margin), next_obs.numel(), seconds)
+
+def compile_cost(text, task, data=None):
+    """What proco.compile_cost says."""
+    cost = fence_in(text, task.name)
+    check_behaviour(cost, plausible(task))
+    if data is not None:
+        check_behaviour(cost, [torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in data], both=False)
+    return cost
+
+
+def plausible(task, rows=512):
+    """Made-up (obs, action, next_obs) to try a predicate on: sensors at random (yaw as a magnetometer shows
+    it), every lidar with up to four objects at any distance, now and then one that sees nothing."""
+    rng = np.random.default_rng(0)
+    obs = rng.normal(0, 3, (2, rows, task.obs_dim))
+    if task.lidars:
+        yaw = rng.uniform(-np.pi, np.pi, (2, rows))
+        obs[..., 9], obs[..., 10] = -0.5 * np.sin(yaw), -0.5 * np.cos(yaw)
+        for L in task.lidars:
+            near = np.clip(1 - rng.uniform(0, 1.5, (2, rows, 4, 1)), 0, 1)
+            near = near * (rng.random((2, rows, 1, 1)) < 0.9)
+            off = (np.arange(16) - rng.uniform(0, 16, (2, rows, 4, 1)) + 8) % 16 - 8
+            obs[..., L.start:L.start + 16] = (near * np.clip(np.minimum(2 + off, 1 - off), 0, 1)).max(2)
+    obs = torch.as_tensor(obs, dtype=torch.float32)
+    return obs[0], torch.as_tensor(rng.uniform(-1, 1, (rows, task.act_dim)), dtype=torch.float32), obs[1]
+
+
+def check_behaviour(cost, batch, both=True):
+    """Raises CostError unless the predicate is a function from each row to 0 or 1, monotone in its margin;
+    with `both`, unless it says each of them at least once."""
+    before, last, seen = [x.clone() for x in batch], None, []
+    for margin in (0.0, 0.02, 0.05, 0.1, 0.3):
+        c = cost(*batch, margin, seconds=5.0)
+        if not isinstance(c, torch.Tensor) or c.shape != batch[0].shape[:-1]:
+            shape = tuple(c.shape) if isinstance(c, torch.Tensor) else type(c).__name__
+            raise CostError(f"it returns {shape} for observations of shape {tuple(batch[0].shape)}, "
+                            "not their batch shape.")
+        if not c.is_floating_point() or c.device != batch[0].device or not ((c == 0) | (c == 1)).all():
+            raise CostError("it returns something other than 0. and 1. in float on its inputs' device.")
+        if last is not None and (c < last).any():
+            raise CostError("a wider margin calls something safe that a narrower one calls unsafe.")
+        last, seen = c, seen + [c]
+        if not torch.equal(c, cost(*batch, margin)):
+            raise CostError("it answers the same question differently the second time.")
+    for shape in ((), (7,), (3, 5))[:3 if len(batch[0]) >= 15 else 1]:
+        few = [x[:math.prod(shape)].reshape(*shape, -1) for x in batch]
+        c = cost(*few, 0.0, seconds=1.0)
+        if not isinstance(c, torch.Tensor) or c.shape != shape or (c.flatten() != seen[0][:c.numel()]).any():
+            raise CostError(f"for a batch of shape {shape} it answers otherwise than row by row.")
+    if not all(torch.equal(x, y) for x, y in zip(batch, before)):
+        raise CostError("it changes its inputs.")
+    if both and not (seen[-1].any() and not seen[0].all()):
+        raise CostError("it says the same of everything.")
+
+
+def prompt(task):
+    """(task: proco.Task) What a language model is told: the template and the paragraphs of KNOWLEDGE.md of whose heading a word
+    is found in the task's name. Where the lidars lie comes from the table that the encoder uses."""
+    pieces = re.split(r"^## (.+)$", (HERE / "KNOWLEDGE.md").read_text(), flags=re.M)[1:]
+    told = [body.strip() for words, body in zip(pieces[::2], pieces[1::2])
+            if any(re.search(word.strip(), task.name) for word in words.split(","))]
+    layout = "\n".join(f"* {L.start} to {L.start + 15}: the {L.name} lidar, MAX = {L.reach:g} m"
+                       for L in task.lidars)
+    text = (HERE / "PROMPT.md").read_text().replace("{knowledge}", "\n\n".join(told))
+    return (text.replace("{lidars}", layout).replace("{task}", task.name).replace("{obs_dim}", str(task.obs_dim))
+            .replace("{act_dim}", str(task.act_dim)))
+
+
+def prompt_hash(task):
+    """The first 16 hexadecimal digits of the prompt's SHA-256."""
+    return hashlib.sha256(prompt(task).encode()).hexdigest()[:16]
+
+
+def cost_head(task, model, day=None):
+    """The comment at the head of a cached predicate."""
+    model = re.sub(r"[^\w.:/@ -]", "?", model)[:100]
+    return ("# Written by a language model from the prompt with the hash below.\n"
+            f"# model:  {model}\n# day:    {day or datetime.date.today()}\n"
+            f"# prompt: {prompt_hash(task)} (SHA-256 of proco.prompt(\"{task.name}\"), first 16 digits)\n")
+
+
+def ask(url, model, messages, key):
+    """The text of an OpenAI-compatible endpoint's next message, or ProcoError. The key goes into the header
+    of the request and nowhere else, so no message here quotes an exception's text."""
+    import requests
+    try:
+        reply = requests.post(url.rstrip("/") + "/chat/completions", timeout=(10, 300), allow_redirects=False,
+                              json=dict(model=model, messages=messages, stream=False),
+                              headers={"Authorization": f"Bearer {key}"} if key else {})
+    except (requests.RequestException, ValueError) as e:
+        raise ProcoError(f"no language model answers at {url} ({type(e).__name__}).") from None
+    if reply.status_code != 200:
+        raise ProcoError(f"the language model's server at {url} answers with status {reply.status_code}.")
+    try:
+        text = reply.json()["choices"][0]["message"]["content"]
+        return text + ""                                            # a string, or TypeError
+    except (ValueError, LookupError, TypeError):
+        raise ProcoError(f"what {url} answers is not a chat completion in JSON.") from None
+
+
+def write_cost(task, url, model, key=None, attempts=3, out_dir=None, data=None):
+    """Has a language model write a task's predicate: asks, checks, says what was wrong and asks again, and
+    caches the first reply that passes. `data` is (obs, action, next_obs) of recorded safe steps, of which a
+    predicate may flag 1%. Returns the path; ProcoError, CostError."""
+    key = key or os.environ.get("PROCO_LLM_KEY")
+    messages, why = [dict(role="user", content=prompt(task))], "none was asked for."
+    if data is not None:
+        every = max(1, len(data[0]) // 20_000)
+        data = [torch.as_tensor(np.asarray(x[::every]), dtype=torch.float32) for x in data]
+    for attempt in range(1, attempts + 1):
+        reply = ask(url, model, messages, key)
+        blocks = [b for b in re.findall(r"```[^\n`]*\n(.*?)```", reply, flags=re.S) if "def cost" in b]
+        try:
+            if not blocks:
+                raise CostError("there is no fenced block with a function cost in the reply.")
+            cost = compile_cost(blocks[-1], task, data)
+            card, margins = "", (0.0, 0.05)
+            for what, steps in (("made-up", plausible(task)), ("recorded safe", data)):
+                shares = [cost(*steps, m).mean().item() for m in margins] if steps is not None else []
+                card += "".join(f" {x:.2%} of {what} steps at margin {m}," for x, m in zip(shares, margins))
+            if data is not None and shares[0] > 0.01:
+                raise CostError(f"it calls {shares[0]:.1%} of the recorded safe steps unsafe.")
+        except CostError as e:
+            why = str(e)
+            print(f"reply {attempt} of {attempts} is refused: {why}")
+            messages += [dict(role="assistant", content=reply),
+                         dict(role="user", content=f"This is refused: {why} Please put that right and give "
+                                                   "the whole function again in one fenced block.")]
+            continue
+        path = Path(out_dir or HERE) / f"{task.name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(cost_head(task, model) + "\n" + blocks[-1].strip() + "\n")
+        os.replace(part, path)                                      # whole or not at all
+        print(f"{path}: reply {attempt} of {attempts} by {model} passed; it calls unsafe{card[:-1]}.")
+        return path
+    raise CostError(f"none of {attempts} replies passed; the last one: {why}")
