@@ -39,6 +39,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import sys
@@ -82,27 +83,27 @@ class Config:
     scale: float = knob(1.0, "multiplies every training length; 0.02 is a smoke test")
     eval_episodes: int = knob(20, "episodes driven in the simulator at the end")
     max_episode_cost: float = knob(0.0, "keep recorded episodes with at most this many violations")
-    driver_episodes: int = knob(80, "episodes that the scripted driver drives, before the unsafe ones are dropped")
+    driver_episodes: int = knob(60, "episodes that the scripted driver drives, before the unsafe ones are dropped")
     raw_obs: bool = knob(False, "ablation: learn on raw lidar bins instead of decoded positions")
     # 2 dynamics
     ensemble: int = knob(7, "members of the dynamics ensemble; the better two thirds become elites")
-    model_epochs: int = knob(40, "most epochs of the dynamics model; it stops earlier when the hold-out is flat")
+    model_epochs: int = knob(12, "most epochs of the dynamics model; it stops earlier when the hold-out is flat")
     # 3 cost
     margin: float = knob(-1.0, "widens the danger, in its own unit (m, m/s); negative: twice the model's own error")
     # 4 counterfactual roll-outs
     horizon: int = knob(20, "steps of a counterfactual roll-out")
-    rollouts: int = knob(60_000, "counterfactual roll-outs in the whole run")
+    rollouts: int = knob(40_000, "counterfactual roll-outs in the whole run")
     # 5 feasibility
     gamma_f: float = knob(0.95, "discount of the feasibility value: gamma_f^k, k steps before what can't be avoided")
-    eps: float = knob(0.15, "a state is feasible where V_f <= eps")
+    eps: float = knob(0.25, "a state is feasible where V_f <= eps")
     # 6 policy
     clone_updates: int = knob(5_000, "updates of the cloned policy: bc, and where the others begin")
-    updates: int = knob(16_000, "updates of critics and policy")
+    updates: int = knob(8_000, "updates of critics and policy")
     batch: int = knob(256, "transitions of D in one update, and as many of D_cf")
-    hidden: int = knob(256, "width of the two hidden layers of every network")
+    hidden: int = knob(128, "width of the two hidden layers of every network")
     gamma: float = knob(0.99, "discount of the reward")
     bc_weight: float = knob(0.4, "weight of the cloning term against the normalised reward value (TD3+BC's 1/alpha)")
-    candidates: int = knob(16, "actions the feasibility value chooses from when acting; 0: the bare actor")
+    candidates: int = knob(32, "actions the feasibility value chooses from when acting; 0: the bare actor")
 
 
 # =====================================================================================================================
@@ -508,13 +509,108 @@ def drive_data(name, episodes):
     return path
 
 
-def fetch_dsrl(name):
-    """The path of DSRL's data of a task in the folder DSRL_DATASET_DIR. ProcoError where it is not there."""
-    folder = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
-    found = sorted(folder.glob(f"Safety{name}Gymnasium-*.hdf5"))
-    if not found:
-        raise ProcoError(f"{folder} holds no Safety{name}Gymnasium-*.hdf5; download it there by hand, or use --data driver")
-    return found[0]
+MIRROR = "https://huggingface.co/datasets/YYY-45/DSRL/resolve/main"             # DSRL's own host is often down
+
+
+def dsrl_infos():
+    """What dsrl/infos.py defines, {} without dsrl; read, not imported, for that wants simulators not used here."""
+    package = importlib.util.find_spec("dsrl")
+    return runpy.run_path(str(Path(package.submodule_search_locations[0]) / "infos.py")) if package else {}
+
+
+def is_hdf5(path):
+    """Whether a file is there and whole: HDF5 notes its own length, so what was cut off can't be opened."""
+    with contextlib.suppress(OSError), h5py.File(path, "r"):
+        return True
+    return False
+
+
+def download(url, path, notes):
+    """Fetches url to path by way of a .part file, which a later try or run goes on with where the server says that the
+    file is still the same; `notes`, an open text file, keeps the part's url, tag and size. ProcoError where nobody
+    answers, five tries bring no new byte, or what comes is no whole HDF5."""
+    import requests
+    part, host, best, tries, met = path.with_name(f".{path.name}.part"), url.rsplit("/", 1)[0], 0, 0, False
+    while tries < 5:
+        time.sleep(tries)
+        notes.seek(0)
+        known, have = (notes.read() + "\n\n").split("\n")[:3], part.stat().st_size if part.exists() else 0
+        ask = {"Accept-Encoding": "identity"}
+        if have and known[0] == url:
+            ask |= {"Range": f"bytes={have}-"} | ({"If-Range": known[1]} if known[1] else {})
+        try:
+            with requests.get(url, headers=ask, stream=True, timeout=(3, 30)) as reply:
+                met, code, head = True, reply.status_code, reply.headers
+                tag, size = head.get("ETag") or head.get("Last-Modified", ""), head.get("Content-Length", "")
+                span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", head.get("Content-Range", ""))
+                if code == 206 and span and [span[1], url, tag or known[1], span[2]] == [str(have), *known]:
+                    size = span[2]                                              # the rest of the very same file
+                elif code == 200:                                               # a file from its start
+                    part.unlink(missing_ok=True)
+                    have = notes.truncate(0)
+                    notes.write(f"{url}\n{tag}\n{size}")
+                    notes.flush()
+                elif code in (206, 416):                                        # the rest of some other file
+                    part.unlink(missing_ok=True)
+                    raise requests.ConnectionError("the file changed meanwhile")
+                elif code == 429 or code >= 500:                                # it may think better of it
+                    raise requests.ConnectionError(f"it answers {code} {reply.reason}")
+                else:
+                    raise ProcoError(f"{host} answers {code} {reply.reason}")
+                bar = progress(None, f"1 data: {path.name}", total=int(size or 0) or None, initial=have, unit="B",
+                               unit_scale=True)
+                with bar, open(part, "ab") as file:
+                    for chunk in reply.iter_content(1 << 16):
+                        if not have and not chunk.startswith(b"\x89HDF\r\n\x1a\n"):
+                            raise ProcoError(f"{host} sends {'a web page' if b'<' in chunk[:99] else 'no HDF5 file'}")
+                        have += file.write(chunk)
+                        bar.update(len(chunk))
+            if size and have != int(size):
+                raise requests.ConnectionError(f"{have} bytes came of {size}")
+            if is_hdf5(part):
+                return os.replace(part, path)
+            part.unlink()
+            raise ProcoError(f"{host} sends a file that is cut off or no HDF5")
+        except requests.RequestException as error:
+            if not met:
+                raise ProcoError(f"{host} can't be reached") from None
+            tries, best, why = 0 if have > best else tries + 1, max(best, have), error
+    raise ProcoError(f"{host} broke off five times without a new byte ({why})")
+
+
+def fetch_dsrl(name, cache_dir=None, base_url=None):
+    """The path of DSRL's data of a task in cache_dir, else DSRL_DATASET_DIR, else ~/.dsrl/datasets. What is not there
+    whole is downloaded, from base_url, else the live mirror, then DSRL's own host; one process does, others wait.
+    Raises ProcoError, with what else can be done, where no file can be had."""
+    urls = dsrl_infos().get("DATASET_URLS", {})
+    if name not in urls:
+        what = f"DSRL has no data of {name}" if urls else "the package dsrl, which names DSRL's files, is not installed"
+        raise ProcoError(f"{what}; use --data driver or --data FILE.hdf5")
+    own, file = urls[name].rsplit("/", 1)
+    folder = Path(cache_dir or os.environ.get("DSRL_DATASET_DIR") or "~/.dsrl/datasets").expanduser()
+    path, reasons = folder / file, []
+    if is_hdf5(path):
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f".{file}.lock", "a+") as notes:
+            with contextlib.suppress(ImportError, OSError):                     # Windows and some disks have no locks
+                import fcntl
+                fcntl.flock(notes, fcntl.LOCK_EX)                               # gone with its owner, however that ends
+            if is_hdf5(path):                                                   # another run has just fetched it
+                return path
+            if path.exists():
+                warn(f"{path} is cut off or no HDF5; it is fetched again")
+            for base in [base_url] if base_url else [MIRROR, own]:
+                try:
+                    download(f"{base.rstrip('/')}/{file}", path, notes)
+                    return path
+                except ProcoError as error:
+                    reasons.append(str(error))
+    except OSError as error:
+        raise ProcoError(f"can't write {path}: {error.strerror or error}; check the folder and the disk") from None
+    raise ProcoError(f"{file} can't be fetched ({', '.join(reasons)}); try again later, download it by hand from "
+                     f"{base_url or MIRROR} into {folder}, or use --data driver or --data FILE.hdf5")
 
 
 def find_data(cfg):
@@ -890,6 +986,7 @@ def model_margin(model, cost, data):
 # =====================================================================================================================
 
 LINGER = 10     # steps that a roll-out goes on after its first violation: leaving danger must be learnt, too
+CF_CLONE = 0.1  # weight of the cloned policy on counterfactual states, where it is a guess, against 1 on D
 MOTION = 3      # the first sensors of a state with lidars: velocity x, y and yaw rate
 RISKY = 10      # steps before a violation that count as risky, and are drawn more often in training
 
@@ -971,6 +1068,7 @@ class Agent(nn.Module):
 
     actor        a = tanh(actor(s)), the policy's proposal             clone    the same, cloned from D, kept as it was
     q_r          twin reward critics                                   q_r_slow their slow copy, for targets
+    reward       the model's reward r(s, a, s')
     q_s          twin safety critics with two outputs: Q_f, the feasibility value, and Q_c, the discounted cumulative
                  cost (times 1 - gamma_f, so in [0, 1], too)
     v_s          V_f and V_c, the least that an action can make of Q_f and Q_c
@@ -989,6 +1087,7 @@ class Agent(nn.Module):
         self.actor, self.clone = net(width, acts), net(width, acts)
         self.q_r, self.q_r_slow = net(width + acts, 1, 2), net(width + acts, 1, 2)
         self.q_s, self.v_s = net(width + acts, 2, 2), net(width, 2)
+        self.reward = net(2 * width + acts, 1)
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))
         self.q_r_slow.load_state_dict(self.q_r.state_dict())
         self.clone.load_state_dict(self.actor.state_dict())
@@ -1013,6 +1112,11 @@ class Agent(nn.Module):
     def propose(self, state):
         """The bare actor: state (B, S) -> (B, A) in [-1, 1]."""
         return torch.tanh(self.actor(self.features(state))[0])
+
+    def earn(self, state, action, next_state):
+        """The model's reward of transitions: (B, S), (B, A), (B, S) -> (B,)."""
+        before, after = self.features(state), self.features(next_state)
+        return self.reward(torch.cat([before, 10 * (after - before), action], -1))[0, :, 0]
 
     def danger(self, state, actions):
         """The graver of the twins' Q_f and Q_c: state (B, S), actions (..., B, A) -> (..., B, 2)."""
@@ -1096,15 +1200,18 @@ def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator,
 # =====================================================================================================================
 
 
-def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, generator):
-    """TD3's twin critics with smoothed target actions, on D alone: what a counterfactual state earns the data don't
-    tell (ASSUMED). reward and done (B,). Fujimoto et al. 2018."""
+def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, bounds, generator):
+    """TD3's twin critics with smoothed target actions (Fujimoto et al. 2018), on rows of D, and of D_cf with the model's
+    reward: on D alone Q_r is arbitrary beside a hazard, and the agent stands still there. reward and done (B,).
+
+    ASSUMED: values stay within `bounds`, the discounted returns seen in D. A goal that is reached jumps elsewhere, which
+    no model can foresee; in a roll-out it goes on paying instead, and the bound caps that."""
     with torch.no_grad():
         features = agent.features(next_state)
         noise = 0.2 * torch.randn(action.shape, generator=generator, device=action.device)
         following = (torch.tanh(agent.actor(features)[0]) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
         worst = agent.q_r_slow(torch.cat([features, following], -1)).amin(0)[:, 0]
-        target = reward + gamma * (1 - done) * worst
+        target = (reward + gamma * (1 - done) * worst).clamp(*bounds)
     return (agent.q_r(torch.cat([agent.features(state), action], -1))[..., 0] - target).square().mean() * 2
 
 
@@ -1114,7 +1221,7 @@ def actor_loss(agent, state, action, cf_state, cfg):
         feasible states:    - Q_r / |Q_r| + bc_weight (pi - a)^2 + lam max(Q_f(s, pi) - eps, 0)
         infeasible states:  Q_c(s, pi), the way back
 
-    Reward counts on D alone; on D_cf, where nobody drove, the cloned policy stands in for the driver (ASSUMED).
+    On D_cf, where nobody drove, the cloned policy stands in for the driver, at a tenth of the weight (ASSUMED).
     DEVIATION: the constraint is a hinge. With Q_f - eps itself, the many states that satisfy it pay for the few that
     break it: lambda fell to zero and the bare actor crashed. -> loss, mean violation. FORK: another objective."""
     features = agent.features(state)
@@ -1122,16 +1229,19 @@ def actor_loss(agent, state, action, cf_state, cfg):
     clone = (pi - action).square().mean(-1)
     if cfg.method == "bc":
         return clone.mean(), None
-    q_r = agent.q_r(torch.cat([features, pi], -1))[0, :, 0]
-    gain = -q_r / q_r.abs().mean().detach() + 2 * cfg.bc_weight * clone
-    if cfg.method == "td3bc":
+    every, actions, clones = features, pi, clone
+    if cf_state is not None:
+        cf_features = agent.features(cf_state)
+        cf_pi = torch.tanh(agent.actor(cf_features)[0])
+        cf_clone = (cf_pi - torch.tanh(agent.clone(cf_features)[0]).detach()).square().mean(-1)
+        every, actions = torch.cat([features, cf_features]), torch.cat([pi, cf_pi])
+        clones = torch.cat([clone, CF_CLONE * cf_clone])
+    inputs = torch.cat([every, actions], -1)
+    q_r = agent.q_r(inputs)[0, :, 0]
+    gain = -q_r / q_r.abs().mean().detach() + 2 * cfg.bc_weight * clones
+    if cf_state is None:
         return gain.mean(), None
-    cf_features = agent.features(cf_state)
-    cf_pi = torch.tanh(agent.actor(cf_features)[0])
-    cf_clone = (cf_pi - torch.tanh(agent.clone(cf_features)[0]).detach()).square().mean(-1)
-    gain = torch.cat([gain, 2 * cfg.bc_weight * cf_clone])
-    every, actions = torch.cat([features, cf_features]), torch.cat([pi, cf_pi])
-    q_f, q_c = agent.q_s(torch.cat([every, actions], -1)).amax(0).unbind(-1)
+    q_f, q_c = agent.q_s(inputs).amax(0).unbind(-1)
     feasible = (agent.v_s(every)[0, :, 0] <= agent.eps).detach()
     violation = (q_f - agent.eps).clamp(min=0)
     lam = agent.log_lam.exp().detach()
@@ -1279,6 +1389,15 @@ def descend(optimiser, loss):
     optimiser.step()
 
 
+def discounted_range(reward, episode, gamma, horizon=500):
+    """The least and the most discounted return over the next `horizon` steps from any step of the data -> two numbers."""
+    total = torch.zeros_like(reward)
+    for k in range(min(horizon, len(reward) - 1)):
+        same = (episode[k:] == episode[:len(episode) - k]).to(reward.dtype)
+        total[:len(reward) - k] += gamma ** k * reward[k:] * same
+    return float(total.min()), float(total.max())
+
+
 class Learner:
     """The training of one run, as what a checkpoint must hold and one update. Sections 4 to 6 do the work."""
 
@@ -1287,24 +1406,32 @@ class Learner:
         self.generator = torch.Generator(data["state"].device).manual_seed(cfg.seed + 2)
         self.agent = Agent(task, cfg, data)
         agent = self.agent
-        self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
+        self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), reward=adam(agent.reward, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
                                safety=adam(agent.q_s, agent.v_s, rate=5e-4))
         self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
         self.step, self.cf, self.snapshots, self.metrics = 0, None, [], []
         self.clone_updates = max(1, round(cfg.clone_updates * cfg.scale))
         self.updates = 0 if cfg.method == "bc" else max(1, round(cfg.updates * cfg.scale))
+        # rewards in units of their spread; and the least and most that any recorded stretch earned, discounted
+        self.unit = data["reward"].std().clamp(min=1e-6)
+        data["reward"] = data["reward"] / self.unit
+        self.range = discounted_range(data["reward"], data["episode"], cfg.gamma)
         self.near = data["danger"].argsort()[:max(1, len(data["danger"]) // 4)]
 
     def draw(self, count, rows):
         return torch.randint(rows, (count,), generator=self.generator, device=self.data["state"].device)
 
     def clone_update(self):
-        """Behaviour cloning: the method bc, the first policy that is rolled out, and what --diagnose drives."""
+        """Behaviour cloning: the method bc, the first policy that is rolled out, and what --diagnose drives. The model's
+        reward is learnt on the way, in units of the recorded rewards' spread."""
         rows = self.draw(self.cfg.batch, len(self.data["state"]))
         state, action = self.data["state"][rows], self.data["action"][rows]
         agent = self.agent
         loss = (torch.tanh(agent.clone(agent.features(state))[0]) - action).square().mean()
         descend(self.optimisers["clone"], loss)
+        if self.cfg.method == "proco":
+            guess = agent.earn(state, action, self.data["next_state"][rows])
+            descend(self.optimisers["reward"], (guess - self.data["reward"][rows]).square().mean())
         if self.step == self.clone_updates - 1:
             agent.actor.load_state_dict(agent.clone.state_dict())
         return dict(clone_loss=loss.detach())
@@ -1325,6 +1452,9 @@ class Learner:
             starts[:half] = self.cf["state"][self.draw(half, len(self.cf["state"]))]
         starts = starts[torch.randperm(count, generator=self.generator, device=rows.device)]
         new = counterfactual_rollouts(self.model, self.cost, self.agent, starts, cfg, self.margin, self.generator)
+        with torch.no_grad():
+            new["reward"] = torch.cat([self.agent.earn(*part) for part in zip(
+                *(new[key].split(65_536) for key in ("state", "action", "next_state")))])
         self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
         self.risky = self.cf["risky"].nonzero()[:, 0]
 
@@ -1333,7 +1463,7 @@ class Learner:
         rows = self.draw(count - count // 2, len(self.cf["state"]))
         if len(self.risky):
             rows = torch.cat([rows, self.risky[self.draw(count // 2, len(self.risky))]])
-        return {key: self.cf[key][rows] for key in ("state", "action", "next_state", "cost")}
+        return {key: self.cf[key][rows] for key in ("state", "action", "next_state", "cost", "reward")}
 
     def update(self):
         """One update of every network; actor, reward critics and multiplier every second time (TD3)."""
@@ -1353,8 +1483,12 @@ class Learner:
             descend(self.optimisers["safety"], loss)
             logs["feasibility_loss"] = loss.detach()
         if step % 2 == 0:
-            loss = reward_critic_loss(agent, d["state"], d["action"], d["reward"], d["next_state"], d["done"], cfg.gamma,
-                                      self.generator)
+            batch = [d[key] for key in ("state", "action", "reward", "next_state", "done")]
+            if with_model:
+                cf["done"] = torch.zeros_like(cf["reward"])
+                batch = [torch.cat([part, cf[key]]) for part, key in
+                         zip(batch, ("state", "action", "reward", "next_state", "done"))]
+            loss = reward_critic_loss(agent, *batch, cfg.gamma, self.range, self.generator)
             descend(self.optimisers["q_r"], loss)
             torch._foreach_lerp_(list(agent.q_r_slow.parameters()), [p.data for p in agent.q_r.parameters()], 0.01)
             logs["reward_loss"] = loss.detach()
@@ -1494,11 +1628,10 @@ def load_run(folder, device="cpu"):
 
 def normalised(name, returns, costs):
     """DSRL's normalised return and cost (at a limit of 20): (R - R_min) / (R_max - R_min), C / limit; None where
-    DSRL knows no such task. Reads dsrl/infos.py without importing dsrl, whose import wants simulators not used here."""
-    package = importlib.util.find_spec("dsrl")
-    if package is None or name == "DoubleIntegrator":
+    DSRL knows no such task or is not installed."""
+    infos = dsrl_infos()
+    if name not in infos.get("MIN_EPISODE_REWARD", {}):
         return None, None
-    infos = runpy.run_path(str(Path(package.submodule_search_locations[0]) / "infos.py"))
     low, high = infos["MIN_EPISODE_REWARD"][name], infos["MAX_EPISODE_REWARD"][name]
     return (returns - low) / (high - low), costs / 20
 
@@ -1551,7 +1684,7 @@ def run(cfg, resume=False):
           f"transitions, return {facts['return_mean']:.2f}, {facts['unsafe_share']:.2%} unsafe")
     data = to_device(arrays, task, cost, device)
     seconds = dict(data=time.time() - begin)
-    learner, trained, report = train(cfg, task, data, cost, folder, resume)
+    learner, trained, dynamics = train(cfg, task, data, cost, folder, resume)
     print(f"   warning time: V_f = {cfg.gamma_f:g}^k says a violation in k steps can't be avoided; eps = {cfg.eps:g} warns "
           f"{math.log(cfg.eps) / math.log(cfg.gamma_f):.0f} steps ahead")
     write_table(folder / "metrics.csv", learner.metrics)
@@ -1560,8 +1693,9 @@ def run(cfg, resume=False):
     seconds |= trained | dict(evaluation=time.time() - start, total=time.time() - begin)
     write_table(folder / "episodes.csv", [dict(seed=row.seed, **{"return": row.ret}, cost=row.cost, length=row.length)
                                           for row in rows])
+    report(folder)
     results = dict(task=cfg.task, method=cfg.method, seed=cfg.seed, data=dict(source=source, path=str(path), **facts),
-                   dynamics=report, margin=learner.margin, eval=summary(cfg.task, rows), timing=seconds, versions=installed,
+                   dynamics=dynamics, margin=learner.margin, eval=summary(cfg.task, rows), timing=seconds, versions=installed,
                    warnings=list(WARNINGS))
     with whole(folder / "results.json") as part:
         part.write_text(json.dumps(results, indent=1, default=float))
@@ -1590,6 +1724,74 @@ def diagnose(folder, episodes=20):
     print("    k     V_f   distance   share of steps")
     for k, value, gap, share in warning_table(load_run(folder), load_cost(cfg.task), rows["clone"]):
         print(f"   {k:2d}  {value:.4f}     {gap:.4f}   {share:.2%}")
+
+
+@torch.no_grad()
+def feasibility_map(agent, axes, motion, title):
+    """Draws V_f over the places where the agent could be, at a given motion of its own, the dangers it sees, and the
+    boundary V_f = eps. For the double integrator the plane is (x, v) and the exact boundary is drawn over it."""
+    task = agent.task
+    if task.name == "DoubleIntegrator":
+        x, v = np.meshgrid(np.linspace(-1, 1, 201), np.linspace(-0.5, 2, 126))
+        state, doomed = np.stack([x, v], -1).reshape(-1, 2), double_integrator_doomed(x, v)
+        axes.contour(x, v, doomed, [0.5], colors="k", linestyles="--")
+        axes.plot([], [], "k--", label="true boundary")
+        axes.set(xlabel="position x, m (wall at 1)", ylabel="velocity v, m/s")
+    else:
+        x, v = np.meshgrid(np.linspace(-1.5, 1.5, 121), np.linspace(-1.5, 1.5, 121))
+        size, seen = len(task.sensors), agent._state(make_env(task.name).reset(seed=1)[0][None]).cpu()
+        xy = seen[:, size:].unflatten(-1, (-1, 2)) - torch.as_tensor(np.stack([x, v], -1), dtype=torch.float32).view(-1, 1, 2)
+        sensors = torch.cat([torch.tensor([motion]), seen[:, MOTION:size]], -1).expand(len(xy), -1)
+        state = nearest_first(torch.cat([sensors, xy.flatten(1)], -1), task)
+        for mine, lidar in zip(object_slices(task), task.lidars):
+            for at in seen[0, size:].unflatten(-1, (-1, 2))[mine]:
+                if at.norm() < 0.99 * lidar.reach and lidar.name != "circle":
+                    axes.add_patch(plt_circle(at, 0.2 if lidar.name == "hazards" else 0.1, lidar.name))
+        axes.set(xlabel="forward (Point) or to the right (Car), m", ylabel="m", aspect="equal")
+    value = agent.v_s(agent.features(torch.as_tensor(state, dtype=torch.float32)))[0, :, 0].clamp(0, 1).view(x.shape)
+    mesh = axes.pcolormesh(x, v, value.numpy(), cmap="cividis", vmin=0, vmax=1, shading="auto", rasterized=True)
+    axes.contour(x, v, value.numpy(), [agent.eps], colors="white")
+    axes.plot([], [], color="white", label=f"V_f = eps = {agent.eps:g}")
+    axes.set_title(title)
+    axes.legend(loc="lower left", fontsize=8, facecolor="0.5")
+    return mesh
+
+
+def plt_circle(at, radius, name):
+    """A danger as a circle, anything else as a thin one."""
+    from matplotlib.patches import Circle
+    return Circle(at.tolist(), radius, fill=False, color="tab:orange" if name != "goal" else "tab:cyan", lw=1.5)
+
+
+def report(folder):
+    """Draws folder/report.png: where V_f says that safety can be kept, and how the run went -> the path."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    folder, agent = Path(folder), load_run(folder)
+    with open(folder / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["stage"] == "policy"]
+    mapped = agent.method == "proco" and (agent.task.lidars or agent.task.name == "DoubleIntegrator")
+    top = 1.0 if "Point" in agent.task.name else 0.7
+    motions = [("", None)] if not agent.task.lidars else [("standing", [0.0, 0.0, 0.0]), (
+        f"driving {top:g} m/s", [top, 0.0, 0.0] if "Point" in agent.task.name else [0.0, -top, 0.0])]
+    maps = motions if mapped else []
+    figure, panels = plt.subplots(1, len(maps) + 1, figsize=(5 * len(maps) + 5, 4.4), layout="constrained", squeeze=False)
+    for axes, (words, motion) in zip(panels[0], maps):
+        mesh = feasibility_map(agent, axes, motion, f"feasibility value V_f {words}")
+    if maps:
+        figure.colorbar(mesh, ax=panels[0, len(maps) - 1], label="V_f: 0 safe, gamma_f^k doomed in k steps")
+    axes = panels[0, -1]
+    for key, style in (("lam", "C0-"), ("infeasible_share", "C1--"), ("feasibility_loss", "C2:"), ("reward_loss", "C3-.")):
+        points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
+        if points:
+            axes.semilogy(*zip(*points), style, label=key.replace("lam", "lambda").replace("_", " "))
+    axes.set(xlabel="update", title=f"{agent.task.name}, {agent.method}: training")
+    axes.legend(fontsize=8)
+    with whole(folder / "report.png") as part:
+        figure.savefig(part, dpi=110, format="png")
+    plt.close(figure)
+    return folder / "report.png"
 
 
 def parse(argv):
