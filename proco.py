@@ -98,7 +98,7 @@ class Config:
     eps: float = knob(0.25, "a state is feasible where V_f <= eps")
     # 6 policy
     clone_updates: int = knob(5_000, "updates of the cloned policy: bc, and where the others begin")
-    updates: int = knob(8_000, "updates of critics and policy")
+    updates: int = knob(12_000, "updates of critics and policy")
     batch: int = knob(256, "transitions of D in one update, and as many of D_cf")
     hidden: int = knob(128, "width of the two hidden layers of every network")
     gamma: float = knob(0.99, "discount of the reward")
@@ -1478,7 +1478,7 @@ class Learner:
         return {key: self.cf[key][rows] for key in ("state", "action", "next_state", "cost", "reward")}
 
     def update(self):
-        """One update of every network; actor, reward critics and multiplier every second time (TD3)."""
+        """One update of every network; actor and multiplier every second time (TD3)."""
         cfg, agent, step, logs = self.cfg, self.agent, self.step - self.clone_updates, {}
         with_model = cfg.method == "proco"
         if with_model and step % math.ceil(self.updates / ROUNDS) == 0:
@@ -1494,16 +1494,16 @@ class Learner:
             loss = feasibility_loss(agent, *mixed, cfg.gamma_f, self.generator)
             descend(self.optimisers["safety"], loss)
             logs["feasibility_loss"] = loss.detach()
+        batch = [d[key] for key in ("state", "action", "reward", "next_state", "done")]
+        if with_model:
+            cf["done"] = torch.zeros_like(cf["reward"])
+            batch = [torch.cat([part, cf[key]]) for part, key in
+                     zip(batch, ("state", "action", "reward", "next_state", "done"))]
+        loss = reward_critic_loss(agent, *batch, cfg.gamma, self.range, self.generator)
+        descend(self.optimisers["q_r"], loss)
+        torch._foreach_lerp_(list(agent.q_r_slow.parameters()), [p.data for p in agent.q_r.parameters()], 0.02)
+        logs["reward_loss"] = loss.detach()
         if step % 2 == 0:
-            batch = [d[key] for key in ("state", "action", "reward", "next_state", "done")]
-            if with_model:
-                cf["done"] = torch.zeros_like(cf["reward"])
-                batch = [torch.cat([part, cf[key]]) for part, key in
-                         zip(batch, ("state", "action", "reward", "next_state", "done"))]
-            loss = reward_critic_loss(agent, *batch, cfg.gamma, self.range, self.generator)
-            descend(self.optimisers["q_r"], loss)
-            torch._foreach_lerp_(list(agent.q_r_slow.parameters()), [p.data for p in agent.q_r.parameters()], 0.01)
-            logs["reward_loss"] = loss.detach()
             loss, violation = actor_loss(agent, d["state"], d["action"], cf["state"] if with_model else None, cfg)
             descend(self.optimisers["actor"], loss)
             logs["actor_loss"] = loss.detach()
