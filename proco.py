@@ -26,24 +26,8 @@ copies the drivers and crashes a little off their tracks. PROCO makes up the cra
 Legend for shapes: E members, B batch, T time, H horizon, S state, A action, O observation, M candidates, N objects.
 ASSUMED marks what the paper leaves open, DEVIATION where we leave it, FORK where a fork would cut in.
 """
-import argparse
-import contextlib
-import copy
-import csv
-import dataclasses
-import difflib
-import functools
-import importlib.metadata
-import importlib.util
-import json
-import math
-import multiprocessing
-import os
-import re
-import runpy
-import signal
-import sys
-import time
+import argparse, contextlib, copy, csv, dataclasses, difflib, functools, importlib.metadata, importlib.util, json, math
+import multiprocessing, os, runpy, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,14 +96,7 @@ PRESETS = {"DoubleIntegrator": dict(hidden=64, clone_updates=1_000, updates=5_00
                                     eval_episodes=50)}
 
 
-def configure(task="CarButton1", **settings):
-    """The Config of a task: its presets, then what is given."""
-    return Config(task=task, **(PRESETS.get(task, {}) | settings))
-
-
-# =====================================================================================================================
-# Tasks, and the state they are seen through
-# =====================================================================================================================
+# ==== Tasks, and the state they are seen through =====================================================================
 
 BINS = 16                                       # of every lidar of Safety-Gymnasium
 LIDARS = dict(Circle=("circle",), Goal=("goal", "hazards", "vases"),         # in the order of the observation
@@ -261,10 +238,7 @@ def nearest_first(state, task):
         parts.append(xy.flatten(-2))
     return torch.cat(parts, -1)
 
-# =====================================================================================================================
-# The simulator
-# =====================================================================================================================
-
+# ==== The simulator ==================================================================================================
 
 def import_simulator():
     """Safety-Gymnasium, importable on Python >= 3.11 and with a reset of milliseconds; the physics is untouched."""
@@ -344,9 +318,7 @@ def make_env(name):
                          " use Python 3.10 or 3.11, where mujoco 2.3 can be had") from None
 
 
-# =====================================================================================================================
-# 1. Data: exclusively safe episodes
-# =====================================================================================================================
+# ==== 1. Data: exclusively safe episodes =============================================================================
 
 KEYS = "observations next_observations actions rewards costs terminals timeouts".split()
 CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
@@ -525,108 +497,24 @@ def drive_data(name, episodes):
     return path
 
 
-MIRROR = "https://huggingface.co/datasets/YYY-45/DSRL/resolve/main"             # DSRL's own host is often down
-
-
 def dsrl_infos():
     """What dsrl/infos.py defines, {} without dsrl; read, not imported, for that wants simulators not used here."""
     package = importlib.util.find_spec("dsrl")
     return runpy.run_path(str(Path(package.submodule_search_locations[0]) / "infos.py")) if package else {}
 
 
-def is_hdf5(path):
-    """Whether a file is there and whole: HDF5 notes its own length, so what was cut off can't be opened."""
-    with contextlib.suppress(OSError), h5py.File(path, "r"):
-        return True
-    return False
-
-
-def download(url, path, notes):
-    """Fetches url to path by way of a .part file, which a later try or run goes on with where the server says that the
-    file is still the same; `notes`, an open text file, keeps the part's url, tag and size. ProcoError where nobody
-    answers, five tries bring no new byte, or what comes is no whole HDF5."""
-    import requests
-    part, host, best, tries, met = path.with_name(f".{path.name}.part"), url.rsplit("/", 1)[0], 0, 0, False
-    while tries < 5:
-        time.sleep(tries)
-        notes.seek(0)
-        known, have = (notes.read() + "\n\n").split("\n")[:3], part.stat().st_size if part.exists() else 0
-        ask = {"Accept-Encoding": "identity"}
-        if have and known[0] == url:
-            ask |= {"Range": f"bytes={have}-"} | ({"If-Range": known[1]} if known[1] else {})
-        try:
-            with requests.get(url, headers=ask, stream=True, timeout=(3, 30)) as reply:
-                met, code, head = True, reply.status_code, reply.headers
-                tag, size = head.get("ETag") or head.get("Last-Modified", ""), head.get("Content-Length", "")
-                span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", head.get("Content-Range", ""))
-                if code == 206 and span and [span[1], url, tag or known[1], span[2]] == [str(have), *known]:
-                    size = span[2]                                              # the rest of the very same file
-                elif code == 200:                                               # a file from its start
-                    part.unlink(missing_ok=True)
-                    have = notes.truncate(0)
-                    notes.write(f"{url}\n{tag}\n{size}")
-                    notes.flush()
-                elif code in (206, 416):                                        # the rest of some other file
-                    part.unlink(missing_ok=True)
-                    raise requests.ConnectionError("the file changed meanwhile")
-                elif code == 429 or code >= 500:                                # it may think better of it
-                    raise requests.ConnectionError(f"it answers {code} {reply.reason}")
-                else:
-                    raise ProcoError(f"{host} answers {code} {reply.reason}")
-                bar = progress(None, f"1 data: {path.name}", total=int(size or 0) or None, initial=have, unit="B",
-                               unit_scale=True)
-                with bar, open(part, "ab") as file:
-                    for chunk in reply.iter_content(1 << 16):
-                        if not have and not chunk.startswith(b"\x89HDF\r\n\x1a\n"):
-                            raise ProcoError(f"{host} sends {'a web page' if b'<' in chunk[:99] else 'no HDF5 file'}")
-                        have += file.write(chunk)
-                        bar.update(len(chunk))
-            if size and have != int(size):
-                raise requests.ConnectionError(f"{have} bytes came of {size}")
-            if is_hdf5(part):
-                return os.replace(part, path)
-            part.unlink()
-            raise ProcoError(f"{host} sends a file that is cut off or no HDF5")
-        except requests.RequestException as error:
-            if not met:
-                raise ProcoError(f"{host} can't be reached") from None
-            tries, best, why = 0 if have > best else tries + 1, max(best, have), error
-    raise ProcoError(f"{host} broke off five times without a new byte ({why})")
-
-
-def fetch_dsrl(name, cache_dir=None, base_url=None):
-    """The path of DSRL's data of a task in cache_dir, else DSRL_DATASET_DIR, else ~/.dsrl/datasets. What is not there
-    whole is downloaded, from base_url, else the live mirror, then DSRL's own host; one process does, others wait.
-    Raises ProcoError, with what else can be done, where no file can be had."""
-    urls = dsrl_infos().get("DATASET_URLS", {})
-    if name not in urls:
-        what = f"DSRL has no data of {name}" if urls else "the package dsrl, which names DSRL's files, is not installed"
-        raise ProcoError(f"{what}; use --data driver or --data FILE.hdf5")
-    own, file = urls[name].rsplit("/", 1)
-    folder = Path(cache_dir or os.environ.get("DSRL_DATASET_DIR") or "~/.dsrl/datasets").expanduser()
-    path, reasons = folder / file, []
-    if is_hdf5(path):
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f".{file}.lock", "a+") as notes:
-            with contextlib.suppress(ImportError, OSError):                     # Windows and some disks have no locks
-                import fcntl
-                fcntl.flock(notes, fcntl.LOCK_EX)                               # gone with its owner, however that ends
-            if is_hdf5(path):                                                   # another run has just fetched it
-                return path
-            if path.exists():
-                warn(f"{path} is cut off or no HDF5; it is fetched again")
-            for base in [base_url] if base_url else [MIRROR, own]:
-                try:
-                    download(f"{base.rstrip('/')}/{file}", path, notes)
-                    return path
-                except ProcoError as error:
-                    reasons.append(str(error))
-    except OSError as error:
-        raise ProcoError(f"can't write {path}: {error.strerror or error}; check the folder and the disk") from None
-    raise ProcoError(f"{file} can't be fetched ({', '.join(reasons)}); try again later, download it by hand from "
-                     f"{base_url or MIRROR} into {folder}, or use --data driver or --data FILE.hdf5")
+def fetch_dsrl(name):
+    """The path of DSRL's data of a task in the folder DSRL_DATASET_DIR, else ~/.dsrl/datasets. Raises ProcoError, with
+    where to download them, if they are not there."""
+    folder = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
+    url = dsrl_infos().get("DATASET_URLS", {}).get(name)
+    if url is None:
+        raise ProcoError(f"DSRL has no data of {name}, or dsrl is not installed; use --data driver or --data FILE.hdf5")
+    path = folder / url.rsplit("/", 1)[1]
+    if not path.exists():
+        raise ProcoError(f"{folder} lacks {path.name}; download it by hand from "
+                         f"https://huggingface.co/datasets/YYY-45/DSRL, or use --data driver or --data FILE.hdf5")
+    return path
 
 
 def find_data(cfg):
@@ -713,10 +601,7 @@ def to_device(arrays, task, cost, device):
     return data
 
 
-# =====================================================================================================================
-# 2. Dynamics: a probabilistic ensemble on the decoded state
-# =====================================================================================================================
-
+# ==== 2. Dynamics: a probabilistic ensemble on the decoded state =====================================================
 
 class Mlp(nn.Module):
     """`members` separate networks of one shape as one batched product: x (B, I) or (E, B, I) -> (E, B, out)."""
@@ -922,9 +807,7 @@ def dynamics_report(model, data, steps=(1, 5, 10, 15)):
                 row["r2"] = float((1 - wrong.square().sum(0) / scale.clamp(min=1e-12))[scale > 1e-9].mean())
     return report
 
-# =====================================================================================================================
-# 3. Cost: a predicate written by a language model, which nobody has to trust
-# =====================================================================================================================
+# ==== 3. Cost: a predicate written by a language model, which nobody has to trust ====================================
 
 @functools.lru_cache
 def load_cost(name):
@@ -993,9 +876,7 @@ def model_margin(model, cost, data):
     return min(max(2 * float(wrong.square().mean().sqrt()), 0.01), 0.05) if len(wrong) else 0.05
 
 
-# =====================================================================================================================
-# 4. Counterfactual roll-outs: what did not happen
-# =====================================================================================================================
+# ==== 4. Counterfactual roll-outs: what did not happen ===============================================================
 
 LINGER = 10     # steps that a roll-out goes on after its first violation: leaving danger must be learnt, too
 CF_CLONE = 0.1  # weight of the cloned policy on counterfactual states, where it is a guess, against 1 on D
@@ -1070,10 +951,7 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
                 risky=ahead[keep] > 0, hit=hit[keep].float(), wait=(final - step + 1)[keep].float(), last=last[keep])
 
 
-# =====================================================================================================================
-# 5. Feasibility: which states and actions still allow safety
-# =====================================================================================================================
-
+# ==== 5. Feasibility: which states and actions still allow safety ====================================================
 
 class Agent(nn.Module):
     """All that a run learns besides the model, and how it acts. Networks see features(state).
@@ -1207,10 +1085,7 @@ def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator,
     return (q - target).square().mean() * 2 + (v - least).square().mean()
 
 
-# =====================================================================================================================
-# 6. Policy: Lagrangian TD3+BC on D and D_cf
-# =====================================================================================================================
-
+# ==== 6. Policy: Lagrangian TD3+BC on D and D_cf =====================================================================
 
 def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, bounds, generator):
     """TD3's twin critics with smoothed target actions (Fujimoto et al. 2018), on rows of D, and of D_cf with the model's
@@ -1269,10 +1144,7 @@ def dual_step(agent, violation, tolerance=0.003):
         agent.log_lam.clamp_(math.log(0.1), math.log(100))
 
 
-# =====================================================================================================================
-# 7. Evaluation in the simulator
-# =====================================================================================================================
-
+# ==== 7. Evaluation in the simulator =================================================================================
 
 def drive(agent, name, seeds, act=None):
     """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each (seed, return, cost,
@@ -1349,9 +1221,7 @@ def warning_table(agent, cost, rows, steps=(1, 5, 10, 20)):
              times[outside] <= k), float((times[outside] <= k).mean())) for k in steps]
 
 
-# =====================================================================================================================
-# 8. A run: train, evaluate, keep
-# =====================================================================================================================
+# ==== 8. A run: train, evaluate, keep ================================================================================
 
 WARNINGS = []                                   # what results.json must tell besides the numbers
 
@@ -1418,8 +1288,8 @@ class Learner:
         self.generator = torch.Generator(data["state"].device).manual_seed(cfg.seed + 2)
         self.agent = Agent(task, cfg, data)
         agent = self.agent
-        self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), reward=adam(agent.reward, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
-                               safety=adam(agent.q_s, agent.v_s, rate=5e-4))
+        self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), reward=adam(agent.reward, rate=1e-3),
+                               actor=adam(agent.actor), q_r=adam(agent.q_r), safety=adam(agent.q_s, agent.v_s, rate=5e-4))
         self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
         self.step, self.cf, self.snapshots, self.metrics = 0, None, [], []
         self.clone_updates = max(1, round(cfg.clone_updates * cfg.scale))
@@ -1532,15 +1402,19 @@ class Learner:
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(saved["optimisers"][name])
 
+
+@contextlib.contextmanager
 def interruptible():
     """A list that Ctrl-C and SIGTERM fill, so that training leaves between two updates with a checkpoint."""
-    asked = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        try:
-            signal.signal(name, lambda number, frame: asked.append(number) or (len(asked) > 2 and sys.exit(130)))
-        except ValueError:                      # not in the main thread: whoever is in charge there decides
-            break
-    return asked
+    asked, before = [], {}
+    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):       # not in the main thread: whoever is in charge there decides
+                before[name] = signal.signal(name, lambda number, frame: asked.append(number))
+        yield asked
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def train(cfg, task, data, cost, folder, resume):
@@ -1579,30 +1453,29 @@ def train(cfg, task, data, cost, folder, resume):
 
     if not saved:
         checkpoint()
-    asked, total = interruptible(), learner.clone_updates + learner.updates
-    for name, end in (("clone", learner.clone_updates), ("policy", total)):
-        start, begun, ahead = time.time(), learner.step, end - learner.step
-        bar = progress(None, f"{'5+6 feasibility and policy' if name == 'policy' else '0 cloned policy'}", total=end,
-                       initial=begun) if ahead > 0 else None
-        while learner.step < end:
-            logs = learner.clone_update() if name == "clone" else learner.update()
-            learner.step += 1
-            last = learner.step == end
-            if learner.step % 200 == 1 or last:
-                logs = {key: float(value) for key, value in logs.items()}
-                if not all(map(math.isfinite, logs.values())):
-                    raise ProcoError(f"a loss is no longer finite at update {learner.step} ({logs}); {path} keeps the last "
-                                     "good state: lower the learning rates or look at the data")
-                learner.metrics.append(dict(step=learner.step, stage=name, **logs))
-                bar.update(learner.step - bar.n)
-                bar.set_postfix_str(" ".join(f"{key.replace('_loss', '')} {value:.3g}" for key, value in logs.items()))
-            if learner.step % 2000 == 0 or last or asked:
-                seconds[name] = seconds.get(name, 0) + time.time() - start
-                start = time.time()
-                checkpoint()
-            if asked:
-                raise ProcoError(f"stopped at update {learner.step} of {total}; the same command with --resume goes on")
-        if bar is not None:
+    total = learner.clone_updates + learner.updates
+    stages = (("clone", "0 cloned policy", learner.clone_updates), ("policy", "5+6 feasibility, policy", total))
+    with interruptible() as asked:
+        for name, words, end in stages:
+            bar, start = progress(None, words, total=end, initial=learner.step, disable=learner.step >= end), time.time()
+            while learner.step < end:
+                logs = learner.clone_update() if name == "clone" else learner.update()
+                learner.step += 1
+                last = learner.step == end
+                if learner.step % 200 == 1 or last:
+                    logs = {key: float(value) for key, value in logs.items()}
+                    if not all(map(math.isfinite, logs.values())):
+                        raise ProcoError(f"a loss is no longer finite at update {learner.step} ({logs}); {path} keeps the "
+                                         "last good state: lower the learning rates or look at the data")
+                    learner.metrics.append(dict(step=learner.step, stage=name, **logs))
+                    bar.update(learner.step - bar.n)
+                    bar.set_postfix_str(" ".join(f"{key.removesuffix('_loss')} {value:.3g}" for key, value in logs.items()))
+                if learner.step % 2000 == 0 or last or asked:
+                    seconds[name] = seconds.get(name, 0) + time.time() - start
+                    start = time.time()
+                    checkpoint()
+                if asked:
+                    raise ProcoError(f"stopped at update {learner.step} of {total}; the same command with --resume goes on")
             bar.close()
     return learner, seconds, report
 
@@ -1742,6 +1615,7 @@ def diagnose(folder, episodes=20):
 def feasibility_map(agent, axes, motion, title):
     """Draws V_f over the places where the agent could be, at a given motion of its own, the dangers it sees, and the
     boundary V_f = eps. For the double integrator the plane is (x, v) and the exact boundary is drawn over it."""
+    import matplotlib.pyplot as plt
     task = agent.task
     if task.name == "DoubleIntegrator":
         x, v = np.meshgrid(np.linspace(-1, 1, 201), np.linspace(-0.5, 2, 126))
@@ -1758,7 +1632,8 @@ def feasibility_map(agent, axes, motion, title):
         for mine, lidar in zip(object_slices(task), task.lidars):
             for at in seen[0, size:].unflatten(-1, (-1, 2))[mine]:
                 if at.norm() < 0.99 * lidar.reach and lidar.name != "circle":
-                    axes.add_patch(plt_circle(at, 0.2 if lidar.name == "hazards" else 0.1, lidar.name))
+                    axes.add_patch(plt.Circle(at.tolist(), 0.2 if lidar.name == "hazards" else 0.1, fill=False, lw=1.5,
+                                              color="tab:cyan" if lidar.name == "goal" else "tab:orange"))
         axes.set(xlabel="forward (Point) or to the right (Car), m", ylabel="m", aspect="equal")
     value = agent.v_s(agent.features(torch.as_tensor(state, dtype=torch.float32)))[0, :, 0].clamp(0, 1).view(x.shape)
     mesh = axes.pcolormesh(x, v, value.numpy(), cmap="cividis", vmin=0, vmax=1, shading="auto", rasterized=True)
@@ -1767,12 +1642,6 @@ def feasibility_map(agent, axes, motion, title):
     axes.set_title(title)
     axes.legend(loc="lower left", fontsize=8, facecolor="0.5")
     return mesh
-
-
-def plt_circle(at, radius, name):
-    """A danger as a circle, anything else as a thin one."""
-    from matplotlib.patches import Circle
-    return Circle(at.tolist(), radius, fill=False, color="tab:orange" if name != "goal" else "tab:cyan", lw=1.5)
 
 
 def report(folder):
