@@ -92,8 +92,8 @@ class Config:
 
 # A line and a wall need less than a car among obstacles, and one reading of V_f stands for another time: the double
 # integrator takes up to 20 steps to stop, so its V_f has to be told from 0 further ahead.
-PRESETS = {"DoubleIntegrator": dict(hidden=64, clone_updates=1_000, updates=5_000, rollouts=20_000, gamma_f=0.97,
-                                    eval_episodes=50)}
+PRESETS = {"DoubleIntegrator": dict(hidden=64, clone_updates=1_000, updates=6_000, rollouts=20_000, gamma_f=0.97, eps=0.45,
+                                    margin=0.005, eval_episodes=50)}
 
 
 # ==== Tasks, and the state they are seen through =====================================================================
@@ -1595,8 +1595,9 @@ def feasibility_map(agent, axes, motion, title):
             for at in seen[0, size:].unflatten(-1, (-1, 2))[mine]:
                 if at.norm() < 0.99 * lidar.reach and lidar.name != "circle":
                     axes.add_patch(plt.Circle(at.tolist(), 0.2 if lidar.name == "hazards" else 0.1, fill=False, lw=1.5,
-                                              color="tab:cyan" if lidar.name == "goal" else "tab:orange"))
-        axes.set(xlabel="forward (Point) or to the right (Car), m", ylabel="m", aspect="equal")
+                                              color="tab:cyan" if lidar.name == "goal" else "tab:orange", zorder=3))
+        axes.set(xlabel="body x: ahead of a Point, to the left of a Car; m", ylabel="body y, m", aspect="equal",
+                 xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
     value = agent.v_s(agent.features(torch.as_tensor(state, dtype=torch.float32)))[0, :, 0].clamp(0, 1).view(x.shape)
     mesh = axes.pcolormesh(x, v, value.numpy(), cmap="cividis", vmin=0, vmax=1, shading="auto", rasterized=True)
     axes.contour(x, v, value.numpy(), [agent.eps], colors="white")
@@ -1630,7 +1631,8 @@ def report(folder):
         if points:
             axes.semilogy(*zip(*points), style, label=key.replace("lam", "lambda").replace("_", " "))
     axes.set(xlabel="update", title=f"{agent.task.name}, {agent.method}: training")
-    axes.legend(fontsize=8)
+    if rows:                                    # bc has no such stage
+        axes.legend(fontsize=8)
     with whole(folder / "report.png") as part:
         figure.savefig(part, dpi=110, format="png")
     plt.close(figure)

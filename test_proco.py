@@ -1183,7 +1183,7 @@ def test_choose_takes_the_nearest_feasible_candidate():
     agent = watchful(lambda a: 1 - (a[..., 0] > 0.5).float(), lambda a: a[..., 0])
     state = torch.randn(30, 2)
     agent.propose = lambda state: torch.tensor([0.1, 0.2]).expand(30, 2)
-    options, chosen = proco.candidate_actions(agent.propose(state), 16, gen(4)), agent.choose(state, gen(4))
+    options, chosen = proco.candidate_actions(agent.propose(state), agent.candidates, gen(4)), agent.choose(state, gen(4))
     for row in range(30):
         fine = [o for o in options[:, row].tolist() if o[0] > 0.5]
         assert chosen[row].tolist() == min(fine, key=lambda o: (o[0] - 0.1) ** 2 + (o[1] - 0.2) ** 2)
@@ -1194,7 +1194,7 @@ def test_choose_takes_the_nearest_feasible_candidate():
 def test_choose_takes_the_least_cost_where_nothing_is_feasible():
     agent = watchful(lambda a: torch.ones_like(a[..., 0]), lambda a: (a[..., 0] - 0.3) ** 2 + a[..., 1] ** 2)
     state = torch.randn(20, 2)
-    options, chosen = proco.candidate_actions(agent.propose(state), 16, gen(4)), agent.choose(state, gen(4))
+    options, chosen = proco.candidate_actions(agent.propose(state), agent.candidates, gen(4)), agent.choose(state, gen(4))
     for row in range(20):
         assert chosen[row].tolist() == min(options[:, row].tolist(), key=lambda o: (o[0] - 0.3) ** 2 + o[1] ** 2)
 
