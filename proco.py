@@ -584,6 +584,17 @@ def load_data(path, task, max_episode_cost=0.0):
                         unsafe_share=float((arrays["costs"] > 0).mean()), of_episodes=len(ends))
 
 
+def recorded_steps(cfg):
+    """(obs, action, next_obs) of recorded safe steps that lie on this machine, or None: --data FILE, DSRL's, driven."""
+    found = [Path(cfg.data)] if cfg.data not in ("auto", "dsrl", "driver") else [
+        *(Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser().glob(f"Safety{cfg.task}Gym*.hdf5")),
+        *(CACHE / "driver").glob(f"{cfg.task}-{DRIVER}-*.hdf5")]
+    if not found:
+        return None
+    arrays, _ = load_data(found[0], get_task(cfg.task), cfg.max_episode_cost)
+    return arrays["observations"], arrays["actions"], arrays["next_observations"]
+
+
 def to_device(arrays, task, cost, device):
     """D as every later step wants it: tensors state, action, reward, next_state, cost, done, episode, held_out (bool,
     kept from the dynamics model) and danger, the distance of s' to danger by the predicate, on the device."""
@@ -860,6 +871,16 @@ def conservative_cost(model, cost, state, action, nexts, margin):
     ASSUMED: the margin is twice the model's own error of the distance to danger (model_margin)."""
     task = model.task
     return cost(decode(state, task), action, decode(nexts, task), margin).amax(0)
+
+
+@torch.no_grad()
+def caution_shares(model, cost, state, action, margin):
+    """What makes the cost conservative: of the rows (B, S), (B, A) that it calls unsafe, the shares that only the margin
+    and only a minority of the elites call so -> (share unsafe, share by the margin, share by a minority)."""
+    obs, nexts = decode(state, model.task), decode(model.step(state, action), model.task)
+    wide, plain = (cost(obs, action, nexts, m) for m in (margin, 0.0))                            # (E, B)
+    unsafe = wide.amax(0) > 0
+    return tuple(float(x.float().mean().nan_to_num()) for x in (unsafe, plain.amax(0)[unsafe] == 0, wide.mean(0)[unsafe] < 0.5))
 
 
 @torch.no_grad()
@@ -1303,6 +1324,11 @@ class Learner:
             starts[:half] = self.cf["state"][self.draw(half, len(self.cf["state"]))]
         starts = starts[torch.randperm(count, generator=self.generator, device=rows.device)]
         new = counterfactual_rollouts(self.model, self.cost, self.agent, starts, cfg, self.margin, self.generator)
+        rows = self.draw(5_000, len(new["state"]))
+        shares = caution_shares(self.model, self.cost, new["state"][rows], new["action"][rows], self.margin)
+        tqdm.write("4 roll-outs: {} rows, {:.1%} unsafe; of these {:.0%} only by the margin, {:.0%} only by a minority of "
+                   "the elites; {:.1%} at most {} steps before".format(len(new["state"]), *shares,
+                                                                       float(new["risky"].float().mean()), RISKY))
         self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
         self.risky = self.cf["risky"].nonzero()[:, 0]
 
@@ -1494,13 +1520,9 @@ def summary(name, rows):
 
 def versions():
     """What the numbers were made with."""
-    out = dict(python=sys.version.split()[0])
-    for name in ("torch", "numpy", "safety-gymnasium", "mujoco", "gymnasium"):
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = None
-    return out
+    installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
+    names = ("torch", "numpy", "safety-gymnasium", "mujoco", "gymnasium")
+    return dict(python=sys.version.split()[0], **{name: installed.get(name) for name in names})
 
 
 def run(cfg, resume=False):
@@ -1532,8 +1554,9 @@ def run(cfg, resume=False):
     data = to_device(arrays, task, cost, device)
     seconds = dict(data=time.time() - begin)
     learner, trained, dynamics = train(cfg, task, data, cost, folder, resume)
-    print(f"   warning time: V_f = {cfg.gamma_f:g}^k says a violation in k steps can't be avoided; eps = {cfg.eps:g} warns "
-          f"{math.log(cfg.eps) / math.log(cfg.gamma_f):.0f} steps ahead")
+    if cfg.method == "proco":
+        print(f"   warning time: V_f = {cfg.gamma_f:g}^k says a violation in k steps can't be avoided; eps = {cfg.eps:g} "
+              f"warns {math.log(cfg.eps) / math.log(cfg.gamma_f):.0f} steps ahead")
     write_table(folder / "metrics.csv", learner.metrics)
     start = time.time()
     rows = evaluate(folder, cfg.task, cfg.eval_episodes)
@@ -1671,7 +1694,7 @@ def main(argv=None):
         elif more.write_cost:
             if not (more.llm_url and more.llm_model):
                 raise ProcoError("--write-cost needs --llm-url and --llm-model (or PROCO_LLM_URL and PROCO_LLM_MODEL)")
-            write_cost(cfg.task, more.llm_url, more.llm_model)
+            write_cost(cfg.task, more.llm_url, more.llm_model, data=recorded_steps(cfg))
         else:
             run(cfg, more.resume)
         return 0

@@ -1612,7 +1612,7 @@ def test_a_broken_checkpoint_is_said_in_one_sentence(tmp_path, capsys):
 @pytest.mark.skipif(not os.environ.get("PROCO_SLOW"), reason="takes minutes: set PROCO_SLOW=1")
 def test_the_double_integrator_at_full_length(tmp_path):
     """Violation-free data alone: the infeasible set is found, and the policy never hits the wall."""
-    results = proco.run(proco.Config(task="DoubleIntegrator", out=str(tmp_path), device="cpu", eval_episodes=50))
+    results = proco.run(proco.parse(["--task", "DoubleIntegrator", "--out", str(tmp_path), "--device", "cpu"])[0])
     agent = proco.load_run(tmp_path / "DoubleIntegrator" / "proco" / "seed0")
     x, v = (axis.ravel() for axis in np.meshgrid(np.linspace(-1, 0.995, 200), np.linspace(-0.5, 2, 200)))
     truth = proco.double_integrator_doomed(x, v)
