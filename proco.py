@@ -195,7 +195,7 @@ def locate(bins, reach, count):
 def encode(obs, task):
     """The state that every network works on: obs (..., O) -> (..., S), float32 arrays.
 
-    DEVIATION: the paper learns on observations. In lidar bins the distance to a hazard is hidden behind kinks that
+    # DEVIATION: the paper learns on observations. In lidar bins the distance to a hazard is hidden behind kinks that
     turn with the agent, and every model of bins we tried was worse than "nothing changes"; positions move smoothly."""
     obs = np.asarray(obs, np.float32)
     sensors = obs[..., list(task.sensors)]
@@ -306,7 +306,7 @@ def double_integrator_doomed(x, v):
 
 @functools.lru_cache
 def make_env(name):
-    """The environment of a task, one for each process. FORK: other environments go here, with reset(seed) and a step
+    """The environment of a task, one for each process. # FORK: other environments go here, with reset(seed) and a step
     that returns (obs, reward, cost, terminated, truncated, info)."""
     if name == "DoubleIntegrator":
         return DoubleIntegrator()
@@ -518,7 +518,7 @@ def fetch_dsrl(name):
 
 
 def find_data(cfg):
-    """Where the data of a run are: (source, path), with source dsrl, driver or file. FORK: other sources go here."""
+    """Where the data of a run are: (source, path), with source dsrl, driver or file. # FORK: other sources go here."""
     if cfg.data == "dsrl":
         return "dsrl", fetch_dsrl(cfg.task)
     if cfg.data not in ("auto", "driver"):
@@ -637,7 +637,7 @@ class Dynamics(nn.Module):
     From sensors and action each member predicts the change of the sensors and, for each kind of object, the affine
     map x -> x + M x + t that the agent's own motion applies to things it sees. Turning is linear in the position
     and driving shifts it, so the map is exact at places where the data never were: beside a hazard, above all.
-    ASSUMED: objects do not act on the agent (no contact forces)."""
+    # ASSUMED: objects do not act on the agent (no contact forces)."""
 
     def __init__(self, task, members, hidden):
         super().__init__()
@@ -824,7 +824,7 @@ def dynamics_report(model, data, steps=(1, 5, 10, 15)):
 def load_cost(name):
     """The cost predicate of a task: cost(obs (..., O), action (..., A), next_obs (..., O), margin=0.0) -> (...) of 0. and
     1. for next_obs, `margin` widening the danger in its own unit (m, m/s). Read from llm_costs/<name>.py, compiled and
-    checked. Raises CostError. FORK: a cost of your own goes here."""
+    checked. Raises CostError. # FORK: a cost of your own goes here."""
     try:
         return compile_cost((HERE / "llm_costs" / f"{name}.py").read_text(), name)
     except OSError:
@@ -868,7 +868,7 @@ def danger_distance(cost, obs, action, next_obs, top=1.0):
 def conservative_cost(model, cost, state, action, nexts, margin):
     """c^(s, a) = max over the elites i of cost(s, a, s'_i, margin): state (B, S), nexts (E, B, S) -> (B,) 0 or 1.
 
-    ASSUMED: the margin is twice the model's own error of the distance to danger (model_margin)."""
+    # ASSUMED: the margin is twice the model's own error of the distance to danger (model_margin)."""
     task = model.task
     return cost(decode(state, task), action, decode(nexts, task), margin).amax(0)
 
@@ -886,7 +886,7 @@ def caution_shares(model, cost, state, action, margin):
 @torch.no_grad()
 def model_margin(model, cost, data):
     """Twice the root mean square error of the model's distance to danger one step ahead, over held-out steps nearer
-    than 0.5 to danger, in the constraint's unit (m, m/s). ASSUMED: two sigma, within 0.02 and 0.05."""
+    than 0.5 to danger, in the constraint's unit (m, m/s). # ASSUMED: two sigma, within 0.02 and 0.05."""
     task = model.task
     rows = (data["held_out"] & (data["danger"] < 0.5)).nonzero()[:, 0][:20_000]
     state, action = data["state"][rows], data["action"][rows]
@@ -924,7 +924,7 @@ def displaced(state, task, generator):
 @torch.no_grad()
 def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
     """D_cf: drives the model from starts (N, S) for cfg.horizon steps -> dict of rows state, action, next_state,
-    cost and risky. FORK: other behaviours go here.
+    cost and risky. # FORK: other behaviours go here.
 
     Members predict with their means, one elite is drawn for each roll-out (noise on every position would make the
     nearest of many look nearer than it is); the conservative cost labels; rows past the model's limit of disagreement or
@@ -1072,14 +1072,14 @@ def candidate_actions(proposal, count, generator):
 
 
 def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator, end=None, hit=None, wait=None):
-    """How far Q and V are from what they should be, on rows of D and D_cf. FORK: other safety critics go here.
+    """How far Q and V are from what they should be, on rows of D and D_cf. # FORK: other safety critics go here.
 
         Q_f(s, a) <- (1 - gamma_f) c^ + gamma_f max(c^, V_f(s'))          (Fisac et al. 2019; Zheng et al. 2024)
         Q_c(s, a) <- (1 - gamma_f) c^ + gamma_f V_c(s')
         V(s)      <- min over candidates a of Q(s, a)
 
     Outputs are linear and targets clamped to [0, 1]: a sigmoid that starts low hardly ever rises.
-    DEVIATION: V takes the minimum over actions sampled in the whole box instead of FISOR's low expectile over the
+    # DEVIATION: V takes the minimum over actions sampled in the whole box instead of FISOR's low expectile over the
     actions in the data. D_cf holds actions of all kinds, so Q is known over the box; and where one action in four saves
     a state, the 0.1-expectile still stands at a quarter of the doomed value, at every step anew."""
     with torch.no_grad():
@@ -1119,8 +1119,8 @@ def actor_loss(agent, state, action, cf_state, cfg):
         infeasible states:  Q_c(s, pi), the way back
 
     Reward counts on D alone; on D_cf, where nobody drove, the cloned policy stands in for the driver (ASSUMED).
-    DEVIATION: the constraint is a hinge. With Q_f - eps itself, the many states that satisfy it pay for the few that
-    break it: lambda fell to zero and the bare actor crashed. -> loss, mean violation. FORK: another objective."""
+    # DEVIATION: the constraint is a hinge. With Q_f - eps itself, the many states that satisfy it pay for the few that
+    break it: lambda fell to zero and the bare actor crashed. -> loss, mean violation. # FORK: another objective."""
     features = agent.features(state)
     pi = torch.tanh(agent.actor(features)[0])
     clone = (pi - action).square().mean(-1)
@@ -1269,10 +1269,12 @@ def write_table(path, rows):
 
 
 def adam(*nets, rate=3e-4):
+    """One Adam for the parameters of several networks."""
     return torch.optim.Adam([p for net in nets for p in net.parameters()], rate, fused=True)
 
 
 def descend(optimiser, loss):
+    """One gradient step."""
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
@@ -1639,9 +1641,8 @@ def report(folder):
     with open(folder / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["stage"] == "policy"]
     mapped = agent.method == "proco" and (agent.task.lidars or agent.task.name == "DoubleIntegrator")
-    top = 1.0 if "Point" in agent.task.name else 0.7
-    motions = [("", None)] if not agent.task.lidars else [("standing", [0.0, 0.0, 0.0]), (
-        f"driving {top:g} m/s", [top, 0.0, 0.0] if "Point" in agent.task.name else [0.0, -top, 0.0])]
+    ahead = [1.0, 0.0, 0.0] if "Point" in agent.task.name else [0.0, -0.7, 0.0]     # a Car's front is body -y
+    motions = [("standing", [0.0] * 3), (f"driving {max(map(abs, ahead)):g} m/s", ahead)] if agent.task.lidars else [("", None)]
     maps = motions if mapped else []
     figure, panels = plt.subplots(1, len(maps) + 1, figsize=(5 * len(maps) + 5, 4.4), layout="constrained", squeeze=False)
     for axes, (words, motion) in zip(panels[0], maps):
