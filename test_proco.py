@@ -1027,9 +1027,10 @@ def test_the_margin_covers_the_models_own_error():
 class Exact:
     """The double integrator itself in the place of a learnt model."""
 
-    task, elites, limit = DI, torch.zeros(1, dtype=torch.long), torch.tensor(math.inf)
+    task, elites, limit, kinds = DI, torch.zeros(1, dtype=torch.long), torch.tensor(math.inf), 0
+    foreseen = staticmethod(lambda state: torch.ones(len(state), dtype=torch.bool))
 
-    def step(self, state, action):
+    def step(self, state, action, hidden=None):
         v = (state[:, 1] + 0.1 * action[:, 0]).clamp(-2, 2)
         return torch.stack([state[:, 0] + 0.1 * v, v], -1)[None]
 
@@ -1055,10 +1056,10 @@ def test_roll_outs_follow_the_model_and_are_labelled_by_the_predicate(newborn):
     rows = roll(newborn, starts(), margin=margin, horizon=15)
     count = len(rows["state"])
     assert {key: rows[key].shape for key in ("state", "action", "next_state", "cost", "risky")} == dict(
-        state=(count, 2), action=(count, 1), next_state=(count, 2), cost=(count,), risky=(count,))
+        state=(count, 2), action=(count, 1), next_state=(count, 2), cost=(count, 1), risky=(count,))
     assert all(len(value) == count for value in rows.values()) and 500 < count <= 100 * 15
     assert torch.allclose(rows["next_state"], Exact().step(rows["state"], rows["action"])[0])
-    assert torch.equal(rows["cost"], (rows["next_state"][:, 0] + margin >= 1).float())
+    assert torch.equal(rows["cost"][:, 0], (rows["next_state"][:, 0] + margin >= 1).float())
     assert rows["action"].abs().max() <= 1 and rows["action"].std() > 0.3
     assert 0.05 < rows["cost"].mean() < 0.8                                     # unsafe samples and safe ones
 
@@ -1089,10 +1090,60 @@ def test_roll_outs_linger_in_danger_and_then_end(newborn):
 def test_roll_outs_end_where_the_members_differ_too_much(newborn):
     class Unsure(Exact):
         elites, limit = torch.zeros(2, dtype=torch.long), torch.tensor(0.3)
-        step = lambda self, state, action: Exact.step(self, state, action).expand(2, -1, -1)
+        step = lambda self, state, action, hidden=None: Exact.step(self, state, action).expand(2, -1, -1)
         disagreement = lambda self, nexts: nexts[0, :, 0]                       # sure of itself only left of 0.3
     rows = roll(newborn, starts(), Unsure(), horizon=12)
     assert rows["next_state"][:, 0].max() <= 0.3 and 0 < len(rows["cost"]) < 1200
+
+
+def test_a_decision_in_a_roll_out_lasts_some_steps_of_the_model(newborn):
+    """Each row is one action held for three steps, labelled at each, and ends where those three steps lead."""
+    class Slow(Exact):
+        task = dataclasses.replace(DI, repeat=3)
+    rows = roll(newborn, starts(), Slow(), horizon=12)
+    assert rows["cost"].shape == (len(rows["state"]), 3) and 200 < len(rows["state"]) <= 400
+    state = rows["state"]
+    for j in range(3):
+        state = Exact().step(state, rows["action"])[0]
+        assert torch.equal(rows["cost"][:, j], (state[:, 0] >= 1).float())
+    assert torch.allclose(state, rows["next_state"])
+
+
+def test_roll_outs_end_where_something_will_be_redrawn(newborn):
+    class Goal(Exact):
+        foreseen = staticmethod(lambda state: state[:, 0] < 0.5)
+    rows = roll(newborn, starts(), Goal(), horizon=12)
+    assert 0 < len(rows["state"]) and rows["next_state"][:, 0].max() < 0.5
+
+
+def test_redrawn_tells_a_jump_from_a_drive():
+    task = get_task("PointGoal1")
+    state = spread_out(task, np.random.default_rng(2), 4)
+    after = state.clone()
+    goal, hazards = (lidar.at for lidar in task.lidars[:2])
+    state[:, goal:goal + 2], state[:, hazards:hazards + 2] = torch.tensor([0.4, 0.0]), torch.tensor([0.0, 0.3])
+    after[:, goal:goal + 2] = torch.tensor([[0.36, 0.0], [1.9, 0.3], [0.4, 0.0], [0.16, 0.0]])
+    after[:, hazards:hazards + 2] = torch.tensor([[0.0, 0.3], [0.0, 0.3], [0.0, 0.5], [0.0, 0.32]])
+    assert proco.redrawn(state, after, task)[:, :2].tolist() == [[False, False], [True, False], [False, True], [True, False]]
+    assert not proco.redrawn(state, after, task, steps=5)[3, 0]                 # five steps can go 24 cm
+    assert proco.nearest(state, task)[:, :2].tolist() == [[pytest.approx(0.4), pytest.approx(0.3)]] * 4
+
+
+def test_hidden_motion_moves_only_what_no_observation_foretells():
+    task = get_task("PointButton1")
+    model = proco.Dynamics(task, 2, 8)
+    model.shift[:] = 0.01
+    for part in model.net.weights[-1], model.net.biases[-1]:
+        part.data.zero_()
+    model.net.biases[-1].data[:, 0, -4:] = torch.tensor([-9.0, -9.0, -9.0, 0.0])   # log-variances; gremlins come last
+    state = spread_out(task, np.random.default_rng(3), 6)
+    hidden = torch.ones(6, 4, 2)
+    still, moved = model.step(state, torch.zeros(6, 2))[0], model.step(state, torch.zeros(6, 2), hidden)[0]
+    at = task.lidars[-1].at
+    assert torch.allclose(still[:, :at], moved[:, :at], atol=1e-6)
+    seen = state[:, at:].unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1) < 2.99
+    gap = (moved - still)[:, at:][seen]
+    assert len(gap) > 20 and gap.median() == pytest.approx(0.01, rel=0.1)      # one of them changed its place in the order
 
 
 def test_displaced_starts_are_the_same_scene_from_beside():
@@ -1149,7 +1200,7 @@ def test_the_feasibility_values_settle_at_their_closed_form():
     for step in range(900):
         optimiser.param_groups[0]["lr"] = 3e-3 * min(1, 2 * (1 - step / 900))
         rows = torch.randint(800, (128,), generator=generator)
-        proco.descend(optimiser, proco.feasibility_loss(agent, state[rows], act[rows], next_state[rows], cost[rows],
+        proco.descend(optimiser, proco.feasibility_loss(agent, state[rows], act[rows], next_state[rows], cost[rows, None],
                                                         gamma_f, generator))
     v_f = agent.feasibility(eye.numpy())
     assert v_f[:5] == pytest.approx([1, 1, gamma_f, gamma_f ** 2, gamma_f ** 3], abs=0.06)
@@ -1157,6 +1208,34 @@ def test_the_feasibility_values_settle_at_their_closed_form():
     q = agent.danger(eye[[choice, choice, graze, 1, 3]], torch.tensor([[0.7], [-0.7], [0.0], [0.0], [0.0]])).detach()
     assert q[:, 0].tolist() == pytest.approx([0, 1, 1, 1, gamma_f ** 2], abs=0.1)
     assert q[2:, 1].tolist() == pytest.approx([1 - gamma_f, 1, gamma_f ** 2], abs=0.1)     # grazing beats staying
+
+
+def test_a_violation_within_a_decision_is_discounted_by_its_step():
+    """Q_f of a decision of four steps that hits at the third is gamma_f^2, whatever follows; Q_c sums what it costs."""
+    agent = proco.Agent(DI, small())
+    agent.v_s = Known(lambda a: 0 * a + 0.5, lambda a: 0 * a + 0.1)
+    state, cost, gamma_f = torch.zeros(8, 2), torch.tensor([[0.0, 0, 1, 1]]).repeat(8, 1), 0.9
+    q_f, q_c = gamma_f ** 2, (1 - gamma_f) * (gamma_f ** 2 + gamma_f ** 3) + gamma_f ** 4 * 0.1
+
+    def loss(f, c):
+        agent.q_s = Known(lambda a: 0 * a + f, lambda a: 0 * a + c, members=2)
+        return float(proco.feasibility_loss(agent, state, torch.zeros(8, 1), state, cost, gamma_f, gen()))
+    rest = (0.5 - q_f) ** 2 / 2 + (0.1 - q_c) ** 2 / 2                          # V is away from its own target
+    assert loss(q_f, q_c) == pytest.approx(rest, abs=1e-6) and loss(q_f + 0.1, q_c) > rest + 0.005
+
+
+def test_decisions_are_stretches_within_an_episode():
+    task = dataclasses.replace(DI, repeat=3)
+    data = dict(state=torch.arange(14.0).view(7, 2), next_state=torch.arange(14.0).view(7, 2) + 2,
+                action=torch.arange(7.0)[:, None] / 10, reward=torch.tensor([1.0, 2, 4, 8, 16, 32, 64]),
+                done=torch.tensor([0.0, 0, 0, 1, 0, 0, 0]), episode=torch.tensor([0, 0, 0, 0, 1, 1, 1]),
+                danger=torch.tensor([0.5, 0.4, 0.03, 0.5, 0.5, 0.5, 0.5]))
+    out = proco.decisions(data, task, 0.5, 0.1)
+    assert out["state"][:, 0].tolist() == [0, 2, 8] and out["next_state"][:, 0].tolist() == [6, 8, 14]
+    assert out["action"][:, 0].tolist() == pytest.approx([0.1, 0.2, 0.5])
+    assert out["reward"].tolist() == [1 + 1 + 1, 2 + 2 + 2, 16 + 16 + 16] and out["done"].tolist() == [0, 1, 0]
+    assert out["cost"].tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0]] and out["danger"].tolist() == pytest.approx([0.03, 0.03, 0.5])
+    assert not out["redrawn"].any()
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
@@ -1255,7 +1334,7 @@ def test_the_actor_is_pushed_the_right_way():
     assert pushed("td3bc", q_r=up) > 0 > pushed("td3bc", q_r=down)              # towards reward
     assert pushed(q_r=up) > 0 > pushed(q_r=down)
     assert pushed(data=1.0) > 0 > pushed(data=-1.0)
-    feared = lambda a: 0.5 + 0.3 * a                                            # Q_f rises with the action, past eps
+    feared = lambda a: 0.8 + 0.3 * a                                            # Q_f rises with the action, past eps
     assert pushed(q_f=feared, lam=5.0) < 0                                      # feasible: away from what Q_f fears
     assert pushed(q_f=feared, lam=10.0) < 1.5 * pushed(q_f=feared, lam=5.0)     # the harder, the higher lambda
     assert pushed(q_r=up, q_f=feared, lam=100.0) < 0                            # at any reward, if lambda is high
