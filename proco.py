@@ -75,7 +75,7 @@ class Config:
     # 3 cost
     margin: float = knob(-1.0, "widens the danger, in its own unit (m, m/s); negative: twice the model's own error")
     # 4 counterfactual roll-outs
-    horizon: int = knob(36, "steps of a counterfactual roll-out")
+    horizon: int = knob(36, "steps of a counterfactual roll-out; a decision lasts 6 of them for a Point, 3 for a Car")
     rollouts: int = knob(40_000, "counterfactual roll-outs in the whole run")
     # 5 feasibility
     gamma_f: float = knob(0.97, "discount of the feasibility value: gamma_f^k, k steps before what can't be avoided")
@@ -241,6 +241,7 @@ def nearest_first(state, task):
 
 # ==== The simulator ==================================================================================================
 
+
 def import_simulator():
     """Safety-Gymnasium, importable on Python >= 3.11 and with a reset of milliseconds; the physics is untouched."""
     if "safety_gymnasium.builder" in sys.modules:
@@ -344,6 +345,7 @@ def demonstrator(rng):
 AGENTS = dict(Point=(0.02, 1.5, 0.52, 3.0, 0.12), Car=(0.04, 0.78, 0.14, 1.3, 0.19))
 TICKS, NEAR = 14, 5     # points along a plan; nearest objects of each kind that the driver looks at
 
+
 @functools.lru_cache
 def plans(agent, every, rates):
     """The fan of plans "turn by delta at a given rate, then drive straight", ahead being +x, a point every
@@ -364,6 +366,7 @@ def plans(agent, every, rates):
     drift = lag * (1 - (1 - dt / lag) ** (every * np.arange(1, TICKS + 1)))
     return gas, np.clip(delta / dt, -rate, rate), np.stack(places[every::every], 1), drift
 
+
 def detours(starts, goal, centres, radii, price):
     """Length of the shortest way from each start (A, 2) to goal (2,) around N discs, m -> (A,). A way goes
     over points beside the discs; each metre that a leg cuts into a disc counts as `price` metres more."""
@@ -379,6 +382,7 @@ def detours(starts, goal, centres, radii, price):
     for _ in range(4):                                              # at most four legs
         rest = np.minimum(rest, (between + rest).min(1))
     return (leg(starts, points) + rest).min(1)
+
 
 def make_driver(task, rng):
     """A driver for one episode: act(obs (O,)) -> action (2,) in [-1, 1], float32, from the observation alone.
@@ -461,7 +465,6 @@ def make_driver(task, rng):
         wall = np.abs(x) if level == 1 else np.maximum(np.abs(x), np.abs(y))
         return 6 * reward.mean(1), np.maximum(wall[:, 1:] - 1.125 + margin, 0)
     return act
-
 
 
 def collect_episode(name, seed):
@@ -615,6 +618,7 @@ def to_device(arrays, task, cost, device):
 
 
 # ==== 2. Dynamics: a probabilistic ensemble on the decoded state =====================================================
+
 
 class Mlp(nn.Module):
     """`members` separate networks of one shape as one batched product: x (B, I) or (E, B, I) -> (E, B, out)."""
@@ -842,6 +846,7 @@ def dynamics_report(model, data, steps=(1, 5, 10, 15)):
 
 # ==== 3. Cost: a predicate written by a language model, which nobody has to trust ====================================
 
+
 @functools.lru_cache
 def load_cost(name):
     """The cost predicate of a task: cost(obs (..., O), action (..., A), next_obs (..., O), margin=0.0) -> (...) of 0. and
@@ -947,12 +952,13 @@ def displaced(state, task, generator):
 @torch.no_grad()
 def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
     """D_cf: drives the model from starts (N, S) for cfg.horizon steps -> dict of rows state, action, next_state,
-    cost and risky. # FORK: other behaviours go here.
+    cost (B, k), one a step of the decision, and risky. # FORK: other behaviours go here.
 
     Members predict with their means, one elite is drawn for each roll-out (noise on every position would make the
-    nearest of many look nearer than it is); the conservative cost labels; rows past the model's limit of disagreement or
-    LINGER steps past the first violation are cut. Five behaviours, a fifth of the roll-outs each: the policy with
-    noise, one held random action, random actions, the action that Q_f fears most, and the one it fears least."""
+    nearest of many look nearer than it is), and so is a direction of what moves by itself; the conservative cost labels;
+    cut is what lies past the model's limit of disagreement, where something would be redrawn, or LINGER steps past the
+    first violation. Five behaviours, a fifth of the roll-outs each: the policy with noise, one held random action,
+    random actions, the action that Q_f fears most, and the one it fears least."""
     count, device = len(starts), starts.device
     draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
     behaviour = torch.arange(count, device=device) * 5 // count
@@ -974,7 +980,7 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
             action[part] = options[best, torch.arange(len(part), device=device)]
         action, begin, known, unsafe = action.clamp(-1, 1), state, alive, []
         for _ in range(model.task.repeat):
-            nexts = model.step(state, action, hidden)                                                     # (E, N, S)
+            nexts = model.step(state, action, hidden)                                             # (E, N, S)
             unsafe.append(conservative_cost(model, cost, state, action, nexts, margin))
             if len(nexts) > 1:
                 known = known & (model.disagreement(nexts) <= model.limit)
@@ -993,6 +999,7 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
 
 
 # ==== 5. Feasibility: which states and actions still allow safety ====================================================
+
 
 class Agent(nn.Module):
     """All that a run learns besides the model, and how it acts. Networks see features(state).
@@ -1128,6 +1135,7 @@ def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator)
 
 # ==== 6. Policy: Lagrangian TD3+BC on D and D_cf =====================================================================
 
+
 def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, generator, bounds=(-math.inf, math.inf)):
     """TD3's twin critics (Fujimoto et al. 2018) with smoothed target actions, for proco with those that the filter would
     choose, on D and on D_cf with the model's reward. reward and done (B,). `bounds`: no value may leave the range of
@@ -1185,6 +1193,7 @@ def dual_step(agent, violation, tolerance=0.003):
 
 
 # ==== 7. Evaluation in the simulator =================================================================================
+
 
 def drive(agent, name, seeds, act=None):
     """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each (seed, return, cost,
@@ -1419,7 +1428,8 @@ class Learner:
         return {key: self.cf[key][rows] for key in ("state", "action", "next_state", "cost", "reward")}
 
     def update(self):
-        """One update: safety critics; then, every second time, reward critics, actor and multiplier (TD3)."""
+        """One update: safety critics, which learn alone at first (a policy that learns beside an unripe Q_f finds its
+        errors and keeps them); then, every second time, reward critics, actor and multiplier (TD3)."""
         cfg, agent, step, logs = self.cfg, self.agent, self.step - self.clone_updates, {}
         with_model = cfg.method == "proco"
         if with_model and step % math.ceil(self.updates / ROUNDS) == 0:
@@ -1738,7 +1748,7 @@ def report(folder):
         if points:
             axes.semilogy(*zip(*points), style, label=key.replace("lam", "lambda").replace("_", " "))
     axes.set(xlabel="update", title=f"{agent.task.name}, {agent.method}: training")
-    if rows:                                    # bc has no such stage
+    if axes.get_legend_handles_labels()[0]:     # bc has no such stage
         axes.legend(fontsize=8)
     with whole(folder / "report.png") as part:
         figure.savefig(part, dpi=110, format="png")

@@ -1363,6 +1363,23 @@ def test_the_multiplier_is_bounded():
     assert 0 <= low < 1 < high < 1e4 and high == multiplier(1.0, 1010)[1]
 
 
+def test_the_reward_critics_trust_no_more_than_was_ever_earned():
+    agent = proco.Agent(DI, small())
+    agent.q_r_slow = Known(lambda a: 0 * a + 50, members=2)
+    agent.q_r = Known(lambda a: 0 * a + 0.5 + 0.9 * 7, members=2)
+    state = torch.randn(16, 2)
+    batch = agent, state, torch.zeros(16, 1), torch.full((16,), 0.5), state, torch.zeros(16), 0.9, gen()
+    assert float(proco.reward_critic_loss(*batch, (-7.0, 7.0))) == pytest.approx(0, abs=1e-9)
+    assert float(proco.reward_critic_loss(*batch)) > 100
+
+
+def test_discounted_range_is_the_best_and_the_worst_stretch():
+    reward, episode = torch.tensor([1.0, -2, 3, 4, -5, 6]), torch.tensor([0, 0, 0, 1, 1, 1])
+    returns = [sum(0.5 ** (j - i) * float(reward[j]) for j in range(i, 3 * (1 + i // 3))) for i in range(6)]
+    assert proco.discounted_range(reward, episode, 0.5) == pytest.approx((min(returns), max(returns)))
+    assert proco.discounted_range(reward, episode, 0.5, horizon=1) == (-5, 6)
+
+
 @pytest.mark.parametrize("done, target", [(0.0, 0.5 + 0.9 * 2), (1.0, 0.5)])
 def test_the_reward_critics_target(done, target):
     """r + gamma times the smaller of the slow twins, and nothing beyond an end."""
