@@ -128,7 +128,7 @@ class Task:
     dt: float                                   # s, of a step
     sensors: tuple                              # indices of the observation that the state keeps as they are
     lidars: tuple = ()
-    repeat: int = 1                             # steps that a decision lasts, about 0.1 s
+    repeat: int = 1                             # steps that a decision lasts in training: 0.12 s where there are lidars
 
     @property
     def state_dim(self):
@@ -155,10 +155,10 @@ def get_task(name, raw_obs=False):
         start, at = start + BINS, at + 2 * NEAREST[lidar]
     steps, dt = 500 if kind == "Circle" else 1000, 0.02 if agent == "Point" else 0.04
     if raw_obs:
-        return Task(name, start, 2, steps, dt, tuple(range(start)), (), round(0.11 / dt))
+        return Task(name, start, 2, steps, dt, tuple(range(start)), (), round(0.12 / dt))
     # ASSUMED: velocity x, y, yaw rate and the two compass fields are the sensors that matter. The accelerometer
     # follows from them and the action; the rest is constant (Point) or the car's idle rear ball.
-    return Task(name, start, 2, steps, dt, (3, 4, 8, 9, 10), tuple(lidars), round(0.11 / dt))
+    return Task(name, start, 2, steps, dt, (3, 4, 8, 9, 10), tuple(lidars), round(0.12 / dt))
 
 
 TASKS = ["DoubleIntegrator", *(agent + kind + level for agent in ("Point", "Car") for kind in LIDARS for level in "12"),

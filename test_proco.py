@@ -1019,6 +1019,24 @@ def test_the_margin_covers_the_models_own_error():
     assert 0 < margins[0] < margins[1] < margins[2] <= 0.1 and 0.02 < margins[1] < 0.04
 
 
+def test_caution_shares_tell_what_the_margin_and_a_minority_add():
+    """Three members, one of which sees all 0.1 m farther on: of five places one is safe for all, one unsafe by margin and
+    minority, one by minority alone, one by the margin alone, one for everybody."""
+    off = torch.tensor([[0.0, 0], [0, 0], [0.1, 0]])[:, None]
+    model = SimpleNamespace(task=DI, step=lambda state, action: state + off)
+    state = torch.tensor([[0.0, 0], [0.87, 0], [0.93, 0], [1.2, 0], [0.87, 0]])
+    unsafe, margin, minority = proco.caution_shares(model, load_cost("DoubleIntegrator"), state, torch.zeros(5, 1), 0.05)
+    assert (unsafe, margin, minority) == pytest.approx((4 / 5, 2 / 4, 3 / 4))
+
+
+def test_object_slices_follow_the_layout_of_the_state():
+    task = get_task("CarButton2")
+    state = torch.arange(float(task.state_dim))
+    pairs = state[len(task.sensors):].view(-1, 2)
+    for mine, lidar in zip(proco.object_slices(task), task.lidars):
+        assert torch.equal(pairs[mine].flatten(), state[lidar.at:lidar.at + 2 * lidar.count])
+
+
 # =====================================================================================================================
 # 4. Counterfactual roll-outs
 # =====================================================================================================================
@@ -1401,6 +1419,11 @@ def test_the_reward_critics_target(done, target):
 # =====================================================================================================================
 # 7. Evaluation
 # =====================================================================================================================
+
+
+def test_tables_keep_what_some_rows_lack_empty(tmp_path):
+    proco.write_table(tmp_path / "t.csv", [dict(step=1, loss=0.5), dict(step=2, lam=3.0)])
+    assert list(csv.DictReader(open(tmp_path / "t.csv"))) == [dict(step="1", loss="0.5", lam=""), dict(step="2", loss="", lam="3.0")]
 
 
 def test_area_under_curve_is_the_chance_of_the_right_order():
