@@ -316,9 +316,9 @@ def make_env(name):
     try:
         return simulator.make(f"Safety{name}-v{1 if name in VELOCITY else 0}")
     except ValueError as error:                 # mujoco 3 reads no model in global coordinates
-        why = " ".join(str(error).split())[:80]
-        raise ProcoError(f"mujoco {importlib.metadata.version('mujoco')} can't load {name} ({why}); use Python 3.10 or 3.11, "
-                         "where mujoco 2.3 can be had") from None
+        why, version = " ".join(str(error).split())[:80], importlib.metadata.version("mujoco")
+        raise ProcoError(f"mujoco {version} can't load {name} ({why}); use Python 3.10 or 3.11, where mujoco 2.3 can be "
+                         "had") from None
 
 
 # ==== 1. Data: exclusively safe episodes =============================================================================
@@ -1657,8 +1657,8 @@ def run(cfg, resume=False):
                                           for row in rows])
     report(folder)
     results = dict(task=cfg.task, method=cfg.method, seed=cfg.seed, data=dict(source=source, path=str(path), **facts),
-                   dynamics=dynamics, margin=learner.margin, eval=summary(cfg.task, rows), timing=seconds, versions=installed,
-                   warnings=list(WARNINGS))
+                   dynamics=dynamics, margin=learner.margin, eval=summary(cfg.task, rows), timing=seconds,
+                   versions=installed, warnings=list(WARNINGS))
     with whole(folder / "results.json") as part:
         part.write_text(json.dumps(results, indent=1, default=float))
     score = results["eval"]

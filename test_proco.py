@@ -706,7 +706,7 @@ HOSTILE = dict(
     dunder_import=body("__import__('os').system('true')"),
     dunder_walk=body("x = ().__class__.__base__.__subclasses__()"),
     dunder_attribute=body("x = obs.__class__"), getattr_=body("x = getattr(obs, 'tofile')"),
-    eval_=body("eval('1')"), exec_=body("exec('x = 1')"), open_=body("open('/tmp/x', 'w')"),
+    eval_=body("eval('1')"), exec_=body("exec('x = 1')"), open_=body("open('x', 'w')"),
     globals_=body("x = globals()"), builtins=body("x = __builtins__"),
     torch_save=body("torch.save(obs, 'x')"), torch_load=body("x = torch.load('x')"),
     hub=body("torch.hub.load('a', 'b')"), ops=body("torch.ops.load_library('x')"),
