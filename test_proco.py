@@ -16,7 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ import pytest
 import torch
 
 import proco
-from proco import CostError, ProcoError, TASKS, compile_cost, get_task, load_cost, prompt, write_cost
+from proco import CostError, ProcoError, TASKS, compile_cost, fetch_dsrl, get_task, load_cost, prompt, write_cost
 
 torch.set_num_threads(1)
 WITH_LIDARS = [name for name in TASKS if get_task(name).lidars]
@@ -429,7 +430,7 @@ def test_where_data_come_from(cache, monkeypatch, capsys):
     assert "WARNING" in capsys.readouterr().err
     file = cache / "dsrl" / "SafetyPointGoal1Gymnasium-v0-100-2022.hdf5"
     file.parent.mkdir(exist_ok=True)
-    file.touch()
+    h5py.File(file, "w").close()
     assert proco.find_data(small(task="PointGoal1", data="auto")) == ("dsrl", file)
     file.unlink()
 
@@ -1738,3 +1739,161 @@ def test_the_double_integrator_at_full_length(tmp_path):
     found = agent.feasibility(np.stack([x, v], -1).astype(np.float32)) > agent.eps
     assert results["data"]["unsafe_share"] == 0 and results["eval"]["cost_mean"] == 0
     assert (truth & found).sum() / (truth | found).sum() >= 0.93 and (truth & ~found).sum() / truth.sum() <= 0.03
+
+
+# =====================================================================================================================
+# The download, from a server on this machine that misbehaves in every way seen so far
+# =====================================================================================================================
+
+FILE = "SafetyCarButton1Gymnasium-v0-250-2656.hdf5"                             # as dsrl names CarButton1's
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves server.body, at most server.cut bytes before the line is cut; counts requests and bytes."""
+    with h5py.File(tmp_path / "original.hdf5", "w") as file:
+        file["observations"] = np.random.default_rng(0).normal(size=(4000, 88))
+    monkeypatch.setattr(proco.time, "sleep", lambda seconds: None)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.paths.append(self.path)
+            ranged, body, start = self.headers["Range"], self.server.body, 0
+            same = self.headers["If-Range"] in (None, self.server.tag)
+            if ranged and same and self.server.ranges:
+                start = int(ranged.removeprefix("bytes=").rstrip("-"))
+            self.send_response(self.server.status or (206 if start else 200))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            if self.server.tag:
+                self.send_header("ETag", self.server.tag)
+            self.send_header("Content-Length", str(len(body) - start + self.server.lie))
+            self.end_headers()
+            piece = body[start:start + self.server.cut]
+            self.server.sent += len(piece)
+            threading.Event().wait(self.server.delay)
+            self.wfile.write(piece)
+            self.close_connection = True
+            self.server.after(self.server)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.body = (tmp_path / "original.hdf5").read_bytes()
+        server.cut, server.tag, server.ranges, server.lie, server.status, server.delay = 1 << 40, '"one"', True, 0, 0, 0
+        server.paths, server.sent, server.after = [], 0, lambda server: None
+        server.url = f"http://127.0.0.1:{server.server_port}/data/"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def refused(folder, url, words):
+    """fetch_dsrl fails in one sentence with these words and a way out, and leaves nothing that looks like data."""
+    with pytest.raises(ProcoError) as failure:
+        fetch_dsrl("CarButton1", folder, url)
+    assert words in str(failure.value) and "--data driver" in str(failure.value) and "\n" not in str(failure.value)
+    assert not list(folder.glob("*.hdf5"))
+
+
+def test_a_file_arrives_whole_and_is_not_fetched_twice(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSRL_DATASET_DIR", str(tmp_path / "cache"))
+    path = fetch_dsrl("CarButton1", base_url=server.url)
+    assert path == tmp_path / "cache" / FILE and path.read_bytes() == server.body
+    assert fetch_dsrl("CarButton1", base_url=server.url) == path and server.paths == [f"/data/{FILE}"]
+    assert not list(path.parent.glob(".*.part"))
+
+
+@pytest.mark.parametrize("tag", ['"one"', ""])
+def test_a_line_cut_after_each_third_is_taken_up_where_it_broke(server, tmp_path, tag):
+    server.cut, server.tag = len(server.body) // 3 + 1, tag
+    assert fetch_dsrl("CarButton1", tmp_path / "cache", server.url).read_bytes() == server.body
+    assert len(server.paths) >= 3 and server.sent <= 1.2 * len(server.body)
+
+
+def test_a_line_that_is_cut_a_dozen_times_does_not_count_as_broken(server, tmp_path):
+    server.cut = len(server.body) // 12
+    assert fetch_dsrl("CarButton1", tmp_path / "cache", server.url).read_bytes() == server.body
+
+
+def test_a_later_run_takes_up_what_an_earlier_one_left(server, tmp_path):
+    def vanish(server):                                                         # after a third, for good
+        server.status = 503
+    server.cut, server.after = len(server.body) // 3, vanish
+    refused(tmp_path / "cache", server.url, "broke off")
+    server.status, server.cut, server.after, server.sent = 0, 1 << 40, lambda server: None, 0
+    assert fetch_dsrl("CarButton1", tmp_path / "cache", server.url).read_bytes() == server.body
+    assert server.sent <= 0.75 * len(server.body)
+
+
+@pytest.mark.parametrize("tag", ['"two"', ""])
+def test_pieces_of_two_different_files_are_never_glued(server, tmp_path, tag):
+    with h5py.File(tmp_path / "newer.hdf5", "w") as file:
+        file["observations"] = np.random.default_rng(1).normal(size=(4100, 88))
+    newer = (tmp_path / "newer.hdf5").read_bytes()
+
+    def change(server):
+        server.body, server.tag, server.cut = newer, tag, 1 << 40
+    server.cut, server.tag, server.after = len(server.body) // 2, tag and '"one"', change
+    assert fetch_dsrl("CarButton1", tmp_path / "cache", server.url).read_bytes() == newer
+
+
+def test_a_server_without_ranges_sends_it_all_again(server, tmp_path):
+    def heal(server):
+        server.cut = 1 << 40
+    server.ranges, server.cut, server.after = False, len(server.body) // 2, heal
+    assert fetch_dsrl("CarButton1", tmp_path / "cache", server.url).read_bytes() == server.body
+
+
+def test_a_server_that_always_cuts_at_the_same_place_is_given_up(server, tmp_path):
+    server.ranges, server.cut = False, len(server.body) // 2
+    refused(tmp_path / "cache", server.url, "broke off")
+    assert len(server.paths) <= 6
+
+
+def test_what_is_no_data_is_refused_and_leaves_nothing(server, tmp_path):
+    whole, server.body = server.body, b"<!DOCTYPE html><html>Please log in</html>" * 1000
+    refused(tmp_path / "cache", server.url, "a web page")
+    server.body = b""
+    refused(tmp_path / "cache", server.url, "no HDF5")
+    server.body = whole[:-1000]                                                 # its server believes it whole
+    refused(tmp_path / "cache", server.url, "cut off")
+    server.body, server.status = whole, 404
+    refused(tmp_path / "cache", server.url, "404")
+
+
+def test_a_size_that_is_not_kept_is_refused(server, tmp_path):
+    server.lie = 1000
+    refused(tmp_path / "cache", server.url, "broke off")
+
+
+def test_two_runs_at_once_fetch_once(server, tmp_path):
+    server.delay = 0.2
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: fetch_dsrl("CarButton1", tmp_path / "cache", server.url), range(2)))
+    assert paths[0] == paths[1] and paths[0].read_bytes() == server.body and len(server.paths) == 1
+
+
+def test_a_half_written_file_in_the_cache_is_fetched_again(server, tmp_path):
+    (tmp_path / FILE).write_bytes(server.body[:-5000])                          # as DSRL's own downloader leaves it
+    assert fetch_dsrl("CarButton1", tmp_path, server.url).read_bytes() == server.body
+
+
+def test_the_own_host_is_asked_where_the_mirror_fails(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(proco, "MIRROR", "http://127.0.0.1:9/nobody")
+    monkeypatch.setattr(proco.runpy, "run_path", lambda path: dict(DATASET_URLS=dict(CarButton1=server.url + FILE)))
+    assert fetch_dsrl("CarButton1", tmp_path / "cache").read_bytes() == server.body
+
+
+def test_nobody_there_unknown_tasks_and_bad_folders_are_told_at_once(server, tmp_path):
+    begin = time.time()
+    refused(tmp_path / "cache", "http://127.0.0.1:9", "can't be reached")
+    assert time.time() - begin < 5
+    with pytest.raises(ProcoError, match="no data of DoubleIntegrator"):
+        fetch_dsrl("DoubleIntegrator", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ProcoError, match="can't write"):
+        fetch_dsrl("CarButton1", tmp_path / "file" / "cache", server.url)
