@@ -88,12 +88,13 @@ class Config:
     hidden: int = knob(128, "width of the two hidden layers of every network")
     gamma: float = knob(0.99, "discount of the reward")
     bc_weight: float = knob(1.0, "weight of the cloning term against the normalised reward value (TD3+BC's 1/alpha)")
-    candidates: int = knob(32, "actions the feasibility value chooses from when acting; 0: the bare actor")
+    candidates: int = knob(32, "actions that acting chooses from; 0: the bare actor")
+    look_ahead: int = knob(8, "decisions that acting looks ahead in the model; 0: Q_f alone chooses, as while training")
 
 
 # A line and a wall need less than a car among obstacles.
 PRESETS = {"DoubleIntegrator": dict(hidden=64, clone_updates=1_000, feasibility_updates=4_000, updates=2_000, horizon=20,
-                                    rollouts=20_000, margin=0.005, eval_episodes=50)}
+                                    rollouts=20_000, margin=0.005, eval_episodes=50, look_ahead=0)}
 
 
 # ==== Tasks, and the state they are seen through =====================================================================
@@ -705,7 +706,8 @@ def to_device(arrays, task, cost, device):
 
 
 class Mlp(nn.Module):
-    """`members` separate networks of one shape as one batched product: x (B, I) or (E, B, I) -> (E, B, out)."""
+    """`members` separate networks of one shape as one batched product: x (B, I) or (E, B, I) -> (E, B, out); forward's
+    `members` picks some of them."""
 
     def __init__(self, sizes, members=1):
         super().__init__()
@@ -714,10 +716,10 @@ class Mlp(nn.Module):
                                         for i, o, b in zip(sizes[:-1], sizes[1:], bounds))
         self.biases = nn.ParameterList(torch.empty(members, 1, o).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
 
-    def forward(self, x):
-        x = x.expand(len(self.weights[0]), *x.shape[-2:])
+    def forward(self, x, members=slice(None)):
+        x = x.expand(len(self.weights[0][members]), *x.shape[-2:])
         for n, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, x if n == 0 else F.relu(x), weight)                           # (E, B, out)
+            x = torch.baddbmm(bias[members], x if n == 0 else F.relu(x), weight[members])         # (E, B, out)
         return x
 
 
@@ -740,14 +742,20 @@ class Dynamics(nn.Module):
         self.register_buffer("limit", torch.tensor(math.inf))
         self.register_buffer("closest", torch.zeros(self.kinds))
 
-    def forward(self, state, action):
+    def means(self, sensors, action, members=slice(None)):
+        """sensors (B, s), action (B, A) -> the sensors' change (E, B, s), maps (E, B, kinds, 2, 3), and what the logarithms
+        of their variances are made from (E, B, s + kinds); in standardised units."""
+        out = self.net(torch.cat([(sensors - self.mean) / self.std, action], -1), members)
+        delta, maps, blur = out.split([len(self.mean), 6 * self.kinds, len(self.mean) + self.kinds], -1)
+        return delta, maps.unflatten(-1, (self.kinds, 2, 3)), blur
+
+    def forward(self, state, action, members=slice(None)):
         """state (B, S), action (B, A) -> sensors' change (E, B, s), its log-variance, maps (E, B, kinds, 2, 3) and
         their log-variance (E, B, kinds), all in standardised units."""
         size = len(self.task.sensors)
-        out = self.net(torch.cat([(state[..., :size] - self.mean) / self.std, action], -1))
-        delta, spread, maps, blur = out.split([size, size, 6 * self.kinds, self.kinds], -1)
-        bound = lambda v: -12 + F.softplus(14 - F.softplus(2 - v))      # smoothly into about [-12, 2] (PETS)
-        return delta, bound(spread), maps.unflatten(-1, (self.kinds, 2, 3)), bound(blur)
+        delta, maps, blur = self.means(state[..., :size], action, members)
+        blur = -12 + F.softplus(14 - F.softplus(2 - blur))              # smoothly into about [-12, 2] (PETS)
+        return delta, blur[..., :size], maps, blur[..., size:]
 
     @torch.no_grad()
     def step(self, state, action, hidden=None):
@@ -756,7 +764,7 @@ class Dynamics(nn.Module):
         hidden (B, kinds, 2), standard normal, moves things of their own motion, whose direction one observation does
         not show: kinds whose predicted deviation is more than half of how far they usually move (gremlins)."""
         size, lidars = len(self.task.sensors), self.task.lidars
-        delta, _, maps, blur = (part[self.elites] for part in self(state, action))
+        delta, _, maps, blur = self(state, action, self.elites)
         # sensors stay within what was recorded: a roll-out must not invent speeds
         parts = [(state[..., :size] + self.change * delta).clamp(self.low, self.high)]
         for n, lidar in enumerate(lidars):
@@ -769,6 +777,24 @@ class Dynamics(nn.Module):
             parts.append(torch.where(unseen, xy, moved).flatten(-2))
         return nearest_first(torch.cat(parts, -1), self.task)
 
+    @torch.no_grad()
+    def hold(self, state, action, steps):
+        """The best elite's mean state after some steps of one held action: state (B, S), action (B, A) -> (B, S). As the
+        maps depend on sensors and action alone, things are moved once, by the product of the maps."""
+        size, lidars = len(self.task.sensors), self.task.lidars
+        sensors, scale, best = state[:, :size], self.shift[:, None, None], int(self.elites[0])
+        linear = torch.eye(2, device=state.device).expand(len(state), self.kinds, 2, 2)
+        offset = state.new_zeros(len(state), self.kinds, 2, 1)
+        for _ in range(steps):
+            delta, maps, _ = self.means(sensors, action, slice(best, best + 1))
+            sensors, maps = (sensors + self.change * delta[0]).clamp(self.low, self.high), scale * maps[0]
+            linear, offset = linear + maps[..., :2] @ linear, offset + maps[..., :2] @ offset + maps[..., 2:]
+        parts = [sensors]
+        for n, lidar in enumerate(lidars):
+            xy = state[:, lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))             # (B, N, 2)
+            unseen = xy.norm(dim=-1, keepdim=True) > 0.999 * lidar.reach
+            parts.append(torch.where(unseen, xy, xy @ linear[:, n].mT + offset[:, n].mT).flatten(-2))
+        return nearest_first(torch.cat(parts, -1), self.task)
 
     def foreseen(self, state):
         """Whether the model can say what comes next: not where something is redrawn when it is reached, as goals are,
@@ -1097,7 +1123,7 @@ class Agent(nn.Module):
 
     def __init__(self, task, cfg, data=None):
         super().__init__()
-        self.task, self.method, self.eps, self.candidates = task, cfg.method, cfg.eps, cfg.candidates
+        self.task, self.method, self.eps, self.candidates, self.gamma = task, cfg.method, cfg.eps, cfg.candidates, cfg.gamma
         size, hidden = len(task.sensors), cfg.hidden
         sensors = data["state"][:, :size] if data else torch.ones(2, size)
         std = sensors.std(0)
@@ -1108,8 +1134,9 @@ class Agent(nn.Module):
         self.actor, self.clone = net(width, acts), net(width, acts)
         self.q_r, self.q_r_slow = net(width + acts, 1, 2), net(width + acts, 1, 2)
         self.q_s, self.v_s = net(width + acts, 2, 2), net(width, 2)
-        self.reward = net(2 * width + acts, 1, 3)
+        self.reward = net(2 * width + acts, 1)
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))
+        self.look_ahead, self.model = cfg.look_ahead, None
         self.q_r_slow.load_state_dict(self.q_r.state_dict())
         self.clone.load_state_dict(self.actor.state_dict())
         self.q_r_slow.requires_grad_(False)
@@ -1142,10 +1169,10 @@ class Agent(nn.Module):
         return self.q_s(inputs.flatten(0, -2)).amax(0).unflatten(0, inputs.shape[:-1])
 
     def earn(self, state, action, next_state):
-        """The model's reward of a decision, by three members: (B, S), (B, A), (B, S) -> (3, B), in units of the recorded
-        rewards' spread."""
+        """The reward of a decision, learnt from D: state (B, S), action (B, A), next_state (B, S) -> (B,), in units of the
+        recorded rewards' spread."""
         before, after = self.features(state), self.features(next_state)
-        return self.reward(torch.cat([before, 10 * (after - before), action], -1))[..., 0]
+        return self.reward(torch.cat([before, 10 * (after - before), action], -1))[0, :, 0]
 
     def choose(self, state, generator=None, count=None):
         """The policy with its feasibility filter: state (B, S) -> (B, A).
@@ -1164,13 +1191,47 @@ class Agent(nn.Module):
                            q_c.argmin(0))
         return options[best, torch.arange(len(state), device=state.device)]
 
+    def imagine(self, model, state, generator=None):
+        """The policy with look-ahead: state (B, S) -> (B, A).
+
+        Each of the filter's candidates begins a plan: it is held for a drawn number of decisions, then a second drawn
+        action for the rest of look_ahead. The best model drives all plans; ruled out is what passes V_f > eps; of the
+        others the one with the most reward on its way and Q_r at its end is begun. Where none is left, choose() decides.
+        DEVIATION: PROCO's policy does not plan. But a driver's steering around a hazard is no smooth function of one
+        observation: clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
+        batch, acts = state.shape[0], self.task.act_dim
+        generator = generator or torch.Generator(state.device).manual_seed(0)
+        draw = lambda *shape: torch.rand(*shape, generator=generator, device=state.device)
+        first = candidate_actions(self.propose(state), self.candidates, generator)                # (M, B, A)
+        count, fresh = len(first), 2 * draw(len(first), 1, acts) - 1
+        # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
+        second = torch.where(draw(count, 1, acts) < 0.5, fresh, (3 * draw(count, 1, acts)).floor() - 1)
+        second, switch = second.expand_as(first).flatten(0, 1), (1 + draw(count, 1) * (self.look_ahead - 1)).expand(-1, batch)
+        here, first, switch = state.repeat(count, 1), first.flatten(0, 1), switch.flatten()
+        alive, total = torch.ones_like(switch, dtype=torch.bool), torch.zeros_like(switch)
+        safe, weight = alive, torch.ones_like(switch)
+        for t in range(self.look_ahead):
+            action = torch.where((t < switch)[:, None], first, second)
+            there = model.hold(here, action, self.task.repeat)
+            alive = alive & model.foreseen(there)               # what comes where a goal is redrawn, Q_r knows from D
+            safe = safe & ~(alive & (self.v_s(self.features(there))[0, :, 0] > self.eps))
+            total = total + torch.where(alive, weight * self.earn(here, action, there), 0)
+            here = torch.where(alive[:, None], there, here)
+            weight = torch.where(alive, weight * self.gamma ** self.task.repeat, weight)
+        worth = self.q_r(torch.cat([self.features(here), self.propose(here)], -1)).amin(0)[:, 0]
+        value, best = torch.where(safe, total + weight * worth, -math.inf).view(count, batch).max(0)
+        planned = first.view(count, batch, acts)[best, torch.arange(batch, device=state.device)]
+        return torch.where(value[:, None] > -math.inf, planned, self.choose(state))
+
     def _state(self, obs):
         return torch.as_tensor(encode(np.asarray(obs), self.task), device=self.mean.device)
 
     @torch.no_grad()
     def act(self, obs):
         """Actions for observations: obs (B, O) -> (B, A), a float32 array in [-1, 1]."""
-        return self.choose(self._state(obs)).cpu().numpy()
+        state = self._state(obs)
+        planning = self.model is not None and self.look_ahead and self.candidates
+        return (self.imagine(self.model, state) if planning else self.choose(state)).cpu().numpy()
 
     @torch.no_grad()
     def feasibility(self, obs):
@@ -1220,18 +1281,13 @@ def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator)
 # ==== 6. Policy: Lagrangian TD3+BC on D and D_cf =====================================================================
 
 
-def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, generator, bounds=(-math.inf, math.inf)):
-    """TD3's twin critics (Fujimoto et al. 2018) with smoothed target actions, for proco with those that the filter would
-    choose, on D and on D_cf with the model's reward. reward and done (B,). `bounds`: no value may leave the range of
-    what any recorded stretch has earned (ASSUMED: the maximum over twins' errors climbs, step by step, out of it)."""
+def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, generator):
+    """TD3's twin critics (Fujimoto et al. 2018) on D, with smoothed target actions; reward and done (B,)."""
     with torch.no_grad():
-        if agent.method == "proco":
-            following = agent.choose(next_state, generator, 8)
-        else:
-            noise = 0.2 * torch.randn(action.shape, generator=generator, device=action.device)
-            following = (agent.propose(next_state) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
+        noise = 0.2 * torch.randn(action.shape, generator=generator, device=action.device)
+        following = (agent.propose(next_state) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
         worst = agent.q_r_slow(torch.cat([agent.features(next_state), following], -1)).amin(0)[:, 0]
-        target = reward + gamma * (1 - done) * worst.clamp(*bounds)
+        target = reward + gamma * (1 - done) * worst
     return (agent.q_r(torch.cat([agent.features(state), action], -1))[..., 0] - target).square().mean() * 2
 
 
@@ -1301,11 +1357,11 @@ def drive(agent, name, seeds, act=None):
 
 
 def drive_checkpoint(folder, name, seeds, behaviour):
-    """One worker's share of an evaluation: behaviour is policy, bare or clone."""
+    """One worker's share of an evaluation: behaviour is policy, filter (Q_f alone), bare or clone."""
     torch.set_num_threads(1)
     agent = load_run(folder)
-    if behaviour == "bare":
-        agent.candidates = 0
+    if behaviour in ("bare", "filter"):
+        agent.look_ahead, agent.candidates = 0, agent.candidates * (behaviour == "filter")
     act = None
     if behaviour == "clone":
         act = lambda obs: torch.tanh(agent.clone(agent.features(agent._state(obs)))[0]).detach().numpy()
@@ -1406,15 +1462,6 @@ def descend(optimiser, loss):
     optimiser.step()
 
 
-def discounted_range(reward, episode, gamma, horizon=500):
-    """The least and the most discounted return over the next `horizon` steps from any step of the data -> two numbers."""
-    total = torch.zeros_like(reward)
-    for k in range(min(horizon, len(reward) - 1)):
-        same = (episode[k:] == episode[:len(episode) - k]).to(reward.dtype)
-        total[:len(reward) - k] += gamma ** k * reward[k:] * same
-    return float(total.min()), float(total.max())
-
-
 def decisions(data, task, gamma, margin):
     """D in decisions that last k = task.repeat steps: every stretch of k recorded steps within an episode, with the mean
     action, the discounted reward, the cost of each step (B, k), and whether something was redrawn.
@@ -1439,7 +1486,6 @@ class Learner:
         self.generator = torch.Generator(data["state"].device).manual_seed(cfg.seed + 2)
         self.agent = Agent(task, cfg, data)
         agent = self.agent
-        earned = discounted_range(data["reward"], data["episode"], cfg.gamma)
         self.optimisers = dict(reward=adam(agent.reward, rate=1e-3), clone=adam(agent.clone, rate=1e-3),
                                actor=adam(agent.actor), q_r=adam(agent.q_r), safety=adam(agent.q_s, agent.v_s, rate=1e-3))
         self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
@@ -1450,11 +1496,7 @@ class Learner:
         self.updates = 0 if cfg.method == "bc" else self.alone + count(cfg.updates)
         self.data = data = decisions(data, task, cfg.gamma, margin)
         self.near = data["danger"].argsort()[:max(1, len(data["danger"]) // 4)]
-        # rewards in units of their spread; what one decision paid, and what any recorded stretch earned, discounted
-        unit = data["reward"].std().clamp(min=1e-6)
-        data["reward"] = data["reward"] / unit
-        paid = data["reward"][~data["redrawn"]]
-        self.paid, self.bounds = (paid.min(), paid.max()), [total / float(unit) for total in earned]
+        data["reward"] = data["reward"] / data["reward"].std().clamp(min=1e-6)
 
     def draw(self, count, rows):
         return torch.randint(rows, (count,), generator=self.generator, device=self.data["state"].device)
@@ -1498,9 +1540,6 @@ class Learner:
         tqdm.write("4 roll-outs: {} rows, {:.1%} unsafe; of these {:.0%} only by the margin, {:.0%} only by a minority of "
                    "the elites; {:.1%} at most {} steps before".format(len(new["state"]), *shares,
                                                                        float(new["risky"].float().mean()), RISKY))
-        with torch.no_grad():
-            new["reward"] = torch.cat([self.agent.earn(*part) for part in zip(
-                *(new[key].split(65_536) for key in ("state", "action", "next_state")))], 1).amin(0).clamp(*self.paid)
         self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
         self.risky = self.cf["risky"].nonzero()[:, 0]
 
@@ -1509,7 +1548,7 @@ class Learner:
         rows = self.draw(count - count // 2, len(self.cf["state"]))
         if len(self.risky):
             rows = torch.cat([rows, self.risky[self.draw(count // 2, len(self.risky))]])
-        return {key: self.cf[key][rows] for key in ("state", "action", "next_state", "cost", "reward")}
+        return {key: self.cf[key][rows] for key in ("state", "action", "next_state", "cost")}
 
     def update(self):
         """One update: safety critics, which learn alone at first (a policy that learns beside an unripe Q_f finds its
@@ -1529,12 +1568,8 @@ class Learner:
             descend(self.optimisers["safety"], loss)
             logs["feasibility_loss"] = loss.detach()
         if step % 2 == 0 and step >= self.alone:
-            keys = ("state", "action", "reward", "next_state", "done")
-            batch = [d[key] for key in keys]
-            if with_model:
-                cf["done"] = torch.zeros_like(cf["reward"])
-                batch = [torch.cat([part[:half], cf[key][:half]]) for part, key in zip(batch, keys)]
-            loss = reward_critic_loss(agent, *batch, cfg.gamma ** self.task.repeat, self.generator, self.bounds)
+            loss = reward_critic_loss(agent, *(d[key] for key in ("state", "action", "reward", "next_state", "done")),
+                                      cfg.gamma ** self.task.repeat, self.generator)
             descend(self.optimisers["q_r"], loss)
             torch._foreach_lerp_(list(agent.q_r_slow.parameters()), [p.data for p in agent.q_r.parameters()], 0.02)
             logs["reward_loss"] = loss.detach()
@@ -1594,9 +1629,7 @@ def train(cfg, task, data, cost, folder, resume):
     start, model, report, margin = time.time(), None, {}, cfg.margin
     if cfg.method == "proco":
         if saved:
-            model = Dynamics(task, cfg.ensemble, cfg.hidden // 2).to(data["state"].device).requires_grad_(False)
-            model.elites = saved["model"]["elites"]
-            model.load_state_dict(saved["model"])
+            model = load_dynamics(saved["model"], task, cfg).to(data["state"].device)
             report, margin, seconds = saved["report"], saved["margin"], saved["seconds"]
             torch.set_rng_state(saved["random"])
         else:
@@ -1663,6 +1696,14 @@ def load_checkpoint(path, device="cpu"):
         raise ProcoError(f"{path} is damaged or from another version ({type(error).__name__}); train again") from None
 
 
+def load_dynamics(weights, task, cfg):
+    """The Dynamics of a checkpoint, from its state_dict."""
+    model = Dynamics(task, cfg.ensemble, cfg.hidden // 2).requires_grad_(False)
+    model.elites = weights["elites"]            # their number differs from a fresh model's
+    model.load_state_dict(weights)
+    return model
+
+
 def load_run(folder, device="cpu"):
     """The agent of a finished run: .act(obs (B, O)) -> (B, A), .feasibility(obs (B, O)) -> (B,), .eps.
 
@@ -1670,8 +1711,11 @@ def load_run(folder, device="cpu"):
     path = Path(folder) / "checkpoint.pt"
     saved = load_checkpoint(path, device)
     cfg = Config(**saved["config"])
-    agent = Agent(get_task(cfg.task, cfg.raw_obs), cfg)
+    task = get_task(cfg.task, cfg.raw_obs)
+    agent = Agent(task, cfg)
     agent.load_state_dict(saved["learner"]["agent"])
+    if saved["model"]:
+        object.__setattr__(agent, "model", load_dynamics(saved["model"], task, cfg).to(device))     # no part of its own
     return agent.to(device).requires_grad_(False)
 
 
@@ -1762,8 +1806,9 @@ def diagnose(folder, episodes=20):
     cfg = Config(**saved["config"])
     if saved["report"]:
         print_dynamics(saved["report"], saved["margin"])
-    rows = {kind: evaluate(folder, cfg.task, episodes, behaviour=kind) for kind in ("clone", "bare", "policy")}
-    for kind, words in (("clone", "the cloned policy"), ("bare", "the bare actor"), ("policy", "actor and filter")):
+    rows = {kind: evaluate(folder, cfg.task, episodes, behaviour=kind) for kind in ("clone", "bare", "filter", "policy")}
+    for kind, words in (("clone", "the cloned policy"), ("bare", "the bare actor"), ("filter", "actor and filter"),
+                        ("policy", "with look-ahead")):
         score = summary(cfg.task, rows[kind])
         print(f"   {words:<18} return {score['return_mean']:7.2f}   cost {score['cost_mean']:7.2f}   "
               f"violation-free {score['zero_cost_share']:.0%}")
