@@ -1194,20 +1194,22 @@ class Agent(nn.Module):
     def imagine(self, model, state, generator=None):
         """The policy with look-ahead: state (B, S) -> (B, A).
 
-        Each of the filter's candidates begins a plan: it is held for a drawn number of decisions, then a second drawn
-        action for the rest of look_ahead. The best model drives all plans; ruled out is what passes V_f > eps; of the
+        Each of the filter's candidates begins two plans: held for all of look_ahead decisions, or for a drawn number of
+        them and then a second drawn action. The best model drives all plans; ruled out is what passes V_f > eps; of the
         others the one with the most reward on its way and Q_r at its end is begun. Where none is left, choose() decides.
         DEVIATION: PROCO's policy does not plan. But a driver's steering around a hazard is no smooth function of one
         observation: clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
         batch, acts = state.shape[0], self.task.act_dim
         generator = generator or torch.Generator(state.device).manual_seed(0)
         draw = lambda *shape: torch.rand(*shape, generator=generator, device=state.device)
-        first = candidate_actions(self.propose(state), self.candidates, generator)                # (M, B, A)
-        count, fresh = len(first), 2 * draw(len(first), 1, acts) - 1
+        first = candidate_actions(self.propose(state), self.candidates, generator).repeat(2, 1, 1)     # (M, B, A)
+        count = len(first)
         # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
-        second = torch.where(draw(count, 1, acts) < 0.5, fresh, (3 * draw(count, 1, acts)).floor() - 1)
-        second, switch = second.expand_as(first).flatten(0, 1), (1 + draw(count, 1) * (self.look_ahead - 1)).expand(-1, batch)
-        here, first, switch = state.repeat(count, 1), first.flatten(0, 1), switch.flatten()
+        second = torch.where(draw(count, 1, acts) < 0.5, 2 * draw(count, 1, acts) - 1, (3 * draw(count, 1, acts)).floor() - 1)
+        switch = 1 + draw(count, 1) * (self.look_ahead - 1)
+        switch[:count // 2] = self.look_ahead
+        first, second, switch = (x.expand(-1, batch, *x.shape[2:]).flatten(0, 1) for x in (first, second, switch))
+        here = state.repeat(count, 1)
         alive, total = torch.ones_like(switch, dtype=torch.bool), torch.zeros_like(switch)
         safe, weight = alive, torch.ones_like(switch)
         for t in range(self.look_ahead):

@@ -1323,7 +1323,7 @@ def far_sighted(look_ahead=8, v_f=None):
 
 
 def test_look_ahead_takes_what_earns_most_and_never_what_is_doomed():
-    agent, state = far_sighted(), torch.tensor([[-1.0, 0.0], [-2.0, 1.5], [0.5, 0.0]])
+    agent, state = far_sighted(), torch.tensor([[-1.0, 0.0], [-5.0, 1.5], [0.5, 0.0]])
     for step in range(80):
         state = Exact().step(state, agent.imagine(Exact(), state))[0]
         assert (state[:, 0] < 1).all()
