@@ -812,11 +812,11 @@ def nearest(state, task):
         else state[..., :0]
 
 
-def redrawn(state, next_state, task, steps=1):
+def redrawn(state, next_state, task):
     """Whether the nearest object of a kind moved faster than anything can, 5 cm a step: (B, S) x 2 -> (B, kinds)."""
     reach = torch.tensor([lidar.reach for lidar in task.lidars], device=state.device)
     here, there = nearest(state, task), nearest(next_state, task)
-    return (here < 0.99 * reach) & ((here - there).abs() > 0.05 * steps)
+    return (here < 0.99 * reach) & ((here - there).abs() > 0.05)
 
 
 def move(maps, xy):
@@ -1111,6 +1111,9 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
 # ==== 5. Feasibility: which states and actions still allow safety ====================================================
 
 
+PLAN_CLONE = 0.3        # how much a plan of the look-ahead pays for leaving what the cloned policy would do
+
+
 class Agent(nn.Module):
     """All that a run learns besides the model, and how it acts. Networks see features(state).
 
@@ -1134,8 +1137,8 @@ class Agent(nn.Module):
         self.actor, self.clone = net(width, acts), net(width, acts)
         self.q_r, self.q_r_slow = net(width + acts, 1, 2), net(width + acts, 1, 2)
         self.q_s, self.v_s = net(width + acts, 2, 2), net(width, 2)
-        self.reward = net(2 * width + acts, 1)
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))
+        self.register_buffer("q_scale", torch.tensor(1.0))      # mean |Q_r| on D
         self.look_ahead, self.model = cfg.look_ahead, None
         self.q_r_slow.load_state_dict(self.q_r.state_dict())
         self.clone.load_state_dict(self.actor.state_dict())
@@ -1168,12 +1171,6 @@ class Agent(nn.Module):
         inputs = torch.cat([features, actions], -1)
         return self.q_s(inputs.flatten(0, -2)).amax(0).unflatten(0, inputs.shape[:-1])
 
-    def earn(self, state, action, next_state):
-        """The reward of a decision, learnt from D: state (B, S), action (B, A), next_state (B, S) -> (B,), in units of the
-        recorded rewards' spread."""
-        before, after = self.features(state), self.features(next_state)
-        return self.reward(torch.cat([before, 10 * (after - before), action], -1))[0, :, 0]
-
     def choose(self, state, generator=None, count=None):
         """The policy with its feasibility filter: state (B, S) -> (B, A).
 
@@ -1194,36 +1191,41 @@ class Agent(nn.Module):
     def imagine(self, model, state, generator=None):
         """The policy with look-ahead: state (B, S) -> (B, A).
 
-        Each of the filter's candidates begins two plans: held for all of look_ahead decisions, or for a drawn number of
-        them and then a second drawn action. The best model drives all plans; ruled out is what passes V_f > eps; of the
-        others the one with the most reward on its way and Q_r at its end is begun. Where none is left, choose() decides.
-        DEVIATION: PROCO's policy does not plan. But a driver's steering around a hazard is no smooth function of one
-        observation: clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
-        batch, acts = state.shape[0], self.task.act_dim
-        generator = generator or torch.Generator(state.device).manual_seed(0)
+        Each of the filter's candidates begins two plans: held for a drawn number of decisions, after which the actor
+        drives; and held throughout, or followed by a second drawn action. The best model drives all plans. Ruled out is
+        what Q_f calls infeasible at its beginning or V_f on its way; of the others the best by
+
+            gamma^t Q_r(end) / |Q_r| - PLAN_CLONE sum over its decisions of gamma^t (a - clone(s))^2
+
+        is begun: TD3+BC's objective, for plans. Where none is left, choose() decides.
+        # DEVIATION: PROCO's policy does not plan. But steering around a hazard is no smooth function of one observation:
+        clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
+        generator, batch = generator or torch.Generator(state.device).manual_seed(0), len(state)
         draw = lambda *shape: torch.rand(*shape, generator=generator, device=state.device)
-        first = candidate_actions(self.propose(state), self.candidates, generator).repeat(2, 1, 1)     # (M, B, A)
-        count = len(first)
+        options = candidate_actions(self.propose(state), self.candidates, generator)              # (M, B, A)
+        count, size = len(options), options.shape[-1]
         # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
-        second = torch.where(draw(count, 1, acts) < 0.5, 2 * draw(count, 1, acts) - 1, (3 * draw(count, 1, acts)).floor() - 1)
-        switch = 1 + draw(count, 1) * (self.look_ahead - 1)
-        switch[:count // 2] = self.look_ahead
-        first, second, switch = (x.expand(-1, batch, *x.shape[2:]).flatten(0, 1) for x in (first, second, switch))
-        here = state.repeat(count, 1)
-        alive, total = torch.ones_like(switch, dtype=torch.bool), torch.zeros_like(switch)
-        safe, weight = alive, torch.ones_like(switch)
+        second = torch.where(draw(count, 1, size) < 0.5, 2 * draw(count, 1, size) - 1, (3 * draw(count, 1, size)).floor() - 1)
+        switch = 1 + draw(2 * count, 1) * (self.look_ahead - 1)
+        switch[count::2] = self.look_ahead                                                        # held throughout
+        flat = lambda x: x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)                          # (., B, .) -> (rows, .)
+        first, second, switch = flat(options.repeat(2, 1, 1)), flat(second), flat(switch)[:, None]
+        safe = (self.danger(state, options)[..., 0] <= self.eps).repeat(2, 1).flatten()
+        here, alive, away = state.repeat(2 * count, 1), torch.ones_like(safe), torch.zeros_like(first[:, 0])
+        weight, discount = torch.ones_like(away), self.gamma ** self.task.repeat
         for t in range(self.look_ahead):
-            action = torch.where((t < switch)[:, None], first, second)
+            driver, actor = torch.tanh(self.clone(self.features(here))[0]), self.propose(here[:count * batch])
+            action = torch.where(t < switch, first, torch.cat([actor, second]))
+            away = away + weight * (action - driver).square().mean(-1)
             there = model.hold(here, action, self.task.repeat)
             alive = alive & model.foreseen(there)               # what comes where a goal is redrawn, Q_r knows from D
             safe = safe & ~(alive & (self.v_s(self.features(there))[0, :, 0] > self.eps))
-            total = total + torch.where(alive, weight * self.earn(here, action, there), 0)
-            here = torch.where(alive[:, None], there, here)
-            weight = torch.where(alive, weight * self.gamma ** self.task.repeat, weight)
+            here, weight = torch.where(alive[:, None], there, here), torch.where(alive, weight * discount, weight)
         worth = self.q_r(torch.cat([self.features(here), self.propose(here)], -1)).amin(0)[:, 0]
-        value, best = torch.where(safe, total + weight * worth, -math.inf).view(count, batch).max(0)
-        planned = first.view(count, batch, acts)[best, torch.arange(batch, device=state.device)]
-        return torch.where(value[:, None] > -math.inf, planned, self.choose(state))
+        score = weight * worth / self.q_scale - PLAN_CLONE * away
+        score, best = torch.where(safe, score, -math.inf).view(-1, batch).max(0)
+        planned = first.view(-1, batch, size)[best, torch.arange(batch, device=state.device)]
+        return torch.where(score[:, None] > -math.inf, planned, self.choose(state))
 
     def _state(self, obs):
         return torch.as_tensor(encode(np.asarray(obs), self.task), device=self.mean.device)
@@ -1309,14 +1311,15 @@ def actor_loss(agent, state, action, cf_state, cfg):
     if cfg.method == "bc":
         return clone.mean(), None
     q_r = agent.q_r(torch.cat([features, pi], -1))[0, :, 0]
-    gain = -q_r / q_r.abs().mean().detach() + 2 * cfg.bc_weight * clone
+    agent.q_scale.copy_(q_r.abs().mean().detach().clamp(min=1e-6))
+    gain = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone
     if cfg.method == "td3bc":
         return gain.mean(), None
     cf_features = agent.features(cf_state)
     cf_pi = torch.tanh(agent.actor(cf_features)[0])
     cf_q = agent.q_r(torch.cat([cf_features, cf_pi], -1))[0, :, 0]
     cf_clone = (cf_pi - torch.tanh(agent.clone(cf_features)[0]).detach()).square().mean(-1)
-    gain = torch.cat([gain, -cf_q / q_r.abs().mean().detach() + cfg.bc_weight * cf_clone])        # (D, D_cf)
+    gain = torch.cat([gain, -cf_q / agent.q_scale + cfg.bc_weight * cf_clone])        # (D, D_cf)
     every, actions = torch.cat([features, cf_features]), torch.cat([pi, cf_pi])
     q_f, q_c = agent.q_s(torch.cat([every, actions], -1)).amax(0).unbind(-1)
     feasible = (agent.v_s(every)[0, :, 0] <= agent.eps).detach()
@@ -1466,7 +1469,7 @@ def descend(optimiser, loss):
 
 def decisions(data, task, gamma, margin):
     """D in decisions that last k = task.repeat steps: every stretch of k recorded steps within an episode, with the mean
-    action, the discounted reward, the cost of each step (B, k), and whether something was redrawn.
+    action, the discounted reward and the cost of each step (B, k).
 
     # DEVIATION: a control step of 0.02 s changes next to nothing, so the values of its actions differ by less than a
     network's error, and 25 steps of bootstrapping lie between a danger and the last chance to brake."""
@@ -1474,10 +1477,10 @@ def decisions(data, task, gamma, margin):
     first = (episode[k - 1:] == episode[:len(episode) - k + 1]).nonzero()[:, 0]
     rows = first[:, None] + torch.arange(k, device=first.device)                                  # (B, k)
     weight, danger = gamma ** torch.arange(k, device=first.device), data["danger"][rows]
-    state, next_state = data["state"][first], data["next_state"][rows[:, -1]]
-    return dict(state=state, action=data["action"][rows].mean(1), next_state=next_state, danger=danger.amin(1),
+    return dict(state=data["state"][first], action=data["action"][rows].mean(1), danger=danger.amin(1),
+                next_state=data["next_state"][rows[:, -1]],
                 reward=(weight * data["reward"][rows]).sum(1), done=data["done"][rows].amax(1),
-                cost=(danger <= margin).float(), redrawn=redrawn(state, next_state, task, k).any(-1))
+                cost=(danger <= margin).float())
 
 
 class Learner:
@@ -1488,7 +1491,7 @@ class Learner:
         self.generator = torch.Generator(data["state"].device).manual_seed(cfg.seed + 2)
         self.agent = Agent(task, cfg, data)
         agent = self.agent
-        self.optimisers = dict(reward=adam(agent.reward, rate=1e-3), clone=adam(agent.clone, rate=1e-3),
+        self.optimisers = dict(clone=adam(agent.clone, rate=1e-3),
                                actor=adam(agent.actor), q_r=adam(agent.q_r), safety=adam(agent.q_s, agent.v_s, rate=1e-3))
         self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
         self.step, self.cf, self.snapshots, self.metrics = 0, None, [], []
@@ -1510,15 +1513,9 @@ class Learner:
         agent = self.agent
         loss = (torch.tanh(agent.clone(agent.features(state))[0]) - action).square().mean()
         descend(self.optimisers["clone"], loss)
-        logs = {}
-        if self.cfg.method == "proco":
-            guess = agent.earn(state, action, self.data["next_state"][rows])
-            error = ((guess - self.data["reward"][rows]).square() * ~self.data["redrawn"][rows]).mean()
-            descend(self.optimisers["reward"], error)
-            logs["earn_loss"] = error.detach()
         if self.step == self.clone_updates - 1:
             agent.actor.load_state_dict(agent.clone.state_dict())
-        return dict(clone_loss=loss.detach(), **logs)
+        return dict(clone_loss=loss.detach())
 
     def roll_out(self):
         """One round of counterfactual roll-outs with the current policy, added to D_cf. Starts: half of them recorded

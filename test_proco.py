@@ -1309,21 +1309,22 @@ def test_without_the_filter_the_proposal_is_the_action(changes):
     assert torch.equal(agent.choose(state), agent.propose(state))
 
 
-def far_sighted(look_ahead=8, v_f=None):
-    """An agent of the double integrator that knows the reward, and which states are doomed; beyond its look it expects
-    nothing. Its networks propose nothing useful."""
+def far_sighted(q_r, clone=0.0, v_f=None, **changes):
+    """An agent of the double integrator that knows which states are doomed and what an end is worth, q_r(state); its
+    cloned policy always does the same."""
     torch.manual_seed(0)
-    agent = proco.Agent(DI, small(look_ahead=look_ahead, candidates=32))
+    agent = proco.Agent(DI, small(candidates=32, **changes))
     doomed = lambda state: torch.as_tensor(proco.double_integrator_doomed(*state.numpy().T)).float()
     agent.features, agent.propose = lambda state: state, lambda state: 0 * state[..., :1]
+    agent.danger = lambda state, actions: torch.zeros(*actions.shape[:-1], 2)
     agent.__dict__.update(v_s=v_f or (lambda state: doomed(state)[None, :, None]),              # before its modules
-                          q_r=lambda inputs: torch.zeros(2, len(inputs), 1))
-    agent.earn = lambda state, action, after: after[:, 0] - state[:, 0]
+                          clone=lambda state: (0 * state[..., :1] + math.atanh(clone))[None],
+                          q_r=lambda inputs: q_r(inputs[:, :2])[None, :, None].expand(2, -1, -1))
     return agent
 
 
 def test_look_ahead_takes_what_earns_most_and_never_what_is_doomed():
-    agent, state = far_sighted(), torch.tensor([[-1.0, 0.0], [-5.0, 1.5], [0.5, 0.0]])
+    agent, state = far_sighted(lambda s: 100 * s[:, 0]), torch.tensor([[-1.0, 0.0], [-5.0, 1.5], [0.5, 0.0]])
     for step in range(80):
         state = Exact().step(state, agent.imagine(Exact(), state))[0]
         assert (state[:, 0] < 1).all()
@@ -1331,19 +1332,31 @@ def test_look_ahead_takes_what_earns_most_and_never_what_is_doomed():
     assert (state[:, 0] > 0.8).all()                                            # and a stop close to the wall
 
 
-def test_look_ahead_without_a_safe_plan_leaves_it_to_the_filter():
-    agent, state = far_sighted(v_f=lambda state: torch.ones(1, len(state), 2)), torch.randn(9, 2)
+def test_look_ahead_stays_with_the_cloned_policy_where_nothing_is_to_be_won():
+    agent = far_sighted(lambda s: 0 * s[:, 0], clone=-0.999)
+    assert (agent.imagine(Exact(), torch.tensor([[-1.0, 0.0], [-5.0, 1.5]])) < -0.8).all()
+    agent.q_scale.fill_(1e9)                    # a value is worth what it is beside the mean |Q_r|
+    agent.__dict__["q_r"] = far_sighted(lambda s: 100 * s[:, 0]).q_r
+    assert (agent.imagine(Exact(), torch.tensor([[-1.0, 0.0]])) < -0.8).all()
+
+
+def test_look_ahead_heeds_both_safety_values():
+    agent, state = far_sighted(lambda s: 0 * s[:, 0], v_f=lambda state: torch.ones(1, len(state), 2)), torch.randn(9, 2)
     agent.choose = lambda state: torch.full((len(state), 1), 0.123)
-    assert (agent.imagine(Exact(), state) == 0.123).all()
+    assert (agent.imagine(Exact(), state) == 0.123).all()                       # no plan is left: the filter decides
+    agent = far_sighted(lambda s: 100 * s[:, 0])
+    agent.danger = lambda state, actions: (actions > -0.5).float().expand(*actions.shape[:-1], 2)
+    assert (agent.imagine(Exact(), torch.tensor([[-5.0, 0.0]])) <= -0.5).all()
 
 
 def test_look_ahead_stops_where_the_model_can_not_foresee():
-    """Behind x = 0 something is redrawn: what is earned there in the model does not count, what Q_r says before does."""
-    agent, model = far_sighted(v_f=lambda state: torch.zeros(1, len(state), 2)), Exact()
+    """Behind x = 0 something is redrawn: what an end is worth there does not count, what the last place before is does."""
+    agent, model = far_sighted(lambda s: torch.where(s[:, 0] > 0, 1e4, -s[:, 0])), Exact()
+    agent.__dict__["v_s"] = lambda state: torch.zeros(1, len(state), 2)
     model.foreseen = lambda state: state[:, 0] < 0
-    agent.earn = lambda state, action, after: 100.0 * (after[:, 0] > 0)
-    agent.__dict__["q_r"] = lambda inputs: (-inputs[:, :1]).expand(2, -1, -1)   # worth more on the left
-    assert (agent.imagine(model, torch.tensor([[-0.5, 0.0], [-0.1, 0.0]])) < -0.9).all()
+    assert (agent.imagine(model, torch.tensor([[-0.5, 0.0], [-0.3, 0.0]])) < 0.5).all()
+    model.foreseen = lambda state: state[:, 0] < 9
+    assert (agent.imagine(model, torch.tensor([[-0.15, 0.0]])) > 0.2).all()
 
 
 def test_holding_an_action_is_stepping_the_best_elite():
