@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from llm_costs import language
+from llm_costs import driver, language
 from llm_costs.language import CostError, ProcoError
 
 HERE = Path(__file__).resolve().parent
@@ -341,131 +341,10 @@ def demonstrator(rng):
     return act
 
 
-# A point mass stands for the agent: time step s, top speed m/s, lag of its speed s, turn rate rad/s, half
-# width m. Thrust and wheels saturate at a few hundredths of their range, so driving is all or nothing.
-AGENTS = dict(Point=(0.02, 1.5, 0.52, 3.0, 0.12), Car=(0.04, 0.78, 0.14, 1.3, 0.19))
-TICKS, NEAR = 14, 5     # points along a plan; nearest objects of each kind that the driver looks at
-
-
-@functools.lru_cache
-def plans(agent, every, rates):
-    """The fan of plans "turn by delta at a given rate, then drive straight", ahead being +x, a point every
-    so many steps. All start from rest: the model is linear, so the present velocity adds a drift of its own.
-
-    -> gas (P,) 1 ahead or -1 back, turn (P,) rad/s now, path (P, T, 2) m, drift (T,) m per m/s."""
-    dt, top, lag, fastest, _ = AGENTS[agent]
-    fan = [1.0, -1.0], np.linspace(-math.pi / 2, math.pi / 2, 17), fastest * np.array(rates)
-    gas, delta, rate = (axis.ravel() for axis in np.meshgrid(*fan, indexing="ij"))
-    heading, velocity, places = 0 * delta, np.zeros((len(delta), 2)), [np.zeros((len(delta), 2))]
-    for _ in range(TICKS * every):
-        left = delta - heading
-        heading = heading + np.clip(left, -rate * dt, rate * dt)
-        push = gas if agent == "Point" else gas * (np.abs(left) <= rate * dt / 2)   # a car turns on the spot
-        ahead = np.stack([np.cos(heading), np.sin(heading)], -1)
-        velocity = velocity + (top * push[:, None] * ahead - velocity) * dt / lag
-        places.append(places[-1] + velocity * dt)
-    drift = lag * (1 - (1 - dt / lag) ** (every * np.arange(1, TICKS + 1)))
-    return gas, np.clip(delta / dt, -rate, rate), np.stack(places[every::every], 1), drift
-
-
-def detours(starts, goal, centres, radii, price):
-    """Length of the shortest way from each start (A, 2) to goal (2,) around N discs, m -> (A,). A way goes
-    over points beside the discs; each metre that a leg cuts into a disc counts as `price` metres more."""
-    def leg(a, b):                                                  # (A, 2), (B, 2) -> (A, B)
-        way, rel = b - a[:, None], centres - a[:, None]             # (A, B, 2), (A, N, 2)
-        dot, length = way @ np.swapaxes(rel, 1, 2), (way ** 2).sum(-1)
-        along = np.clip(dot / (length[..., None] + 1e-9), 0, 1)     # (A, B, N): where it is nearest
-        off = (rel ** 2).sum(-1)[:, None] - 2 * along * dot + along ** 2 * length[..., None]
-        return np.sqrt(length) + price * np.maximum(radii - np.sqrt(np.maximum(off, 0)), 0).sum(-1)
-    aside = np.array([-goal[1], goal[0]]) / (np.hypot(*goal) + 1e-9) * (1.05 * radii[:, None])
-    points = np.concatenate([centres + aside, centres - aside, goal[None]])
-    between, rest = leg(points, points), np.append(np.full(len(points) - 1, np.inf), 0)
-    for _ in range(4):                                              # at most four legs
-        rest = np.minimum(rest, (between + rest).min(1))
-    return (leg(starts, points) + rest).min(1)
-
-
-def make_driver(task, rng):
-    """A driver for one episode: act(obs (O,)) -> action (2,) in [-1, 1], float32, from the observation alone.
-
-    At each step it imagines a fan of plans and begins the one with the best progress minus penalties for
-    entering any danger's radius, or that radius and a margin. Margin, noise and eagerness are drawn for each
-    driver, so that the data vary. It remembers the time (gremlins circle with it) and the last buttons seen."""
-    agent = "Point" if task.startswith("Point") else "Car"
-    kind, level = task.removeprefix(agent)[:-1], int(task[-1])
-    dt, top, _, fastest, size = AGENTS[agent]
-    every, rates = 4 if agent == "Point" else 3, (1,)
-    if kind == "Circle":
-        every, rates = 2, (1, 0.5, 0.2) if agent == "Point" else (1,)
-    gas, turns, table, drift = plans(agent, every, rates)
-    times = dt * every * np.arange(1, TICKS + 1)
-    margin, noise, eager, coast = rng.uniform([0.03, 0, 1, 0], [0.15, 0.3, 3, 0.2])
-    names, start = LIDARS[kind], 12 if agent == "Point" else 24
-    reach = np.array([6.0 if name == "circle" else 3.0 for name in names])
-    radii = dict(hazards=0.2, vases=size + 0.13, buttons=size + 0.1, gremlins=size + 0.15)      # m
-    dangers = [name for name in names if name in radii and (name, level) != ("vases", 1)]
-    step, scan = -1, None
-
-    def act(obs):
-        nonlocal step
-        step += 1
-        bins = obs[start:start + BINS * len(names)].reshape(-1, BINS)
-        # seen from ahead: for a car that is -y, and where it will point when its spin has died
-        ahead = 0 if agent == "Point" else 0.06 * obs[8] - math.pi / 2
-        frame = np.array([[math.cos(ahead), -math.sin(ahead)], [math.sin(ahead), math.cos(ahead)]])
-        cos, sin = frame @ (-2 * obs[10:8:-1])                      # of the compass
-        world = np.array([[cos, sin], [-sin, cos]])                 # (., 2) @ world: from seen to north-up
-        seen = dict(zip(names, locate(bins, reach, NEAR) @ frame))
-        paths = table + drift[:, None] * (obs[3:5] @ frame)         # (P, T, 2)
-        judge = circle_value if kind == "Circle" else goal_value
-        value, depth = judge(paths, seen, world, bins)
-        if agent == "Car":                                          # do not dither between left and right
-            value = value - 0.8 * (np.sign(turns) * obs[8] < -0.3)
-        hard = np.maximum(depth - margin + 0.02, 0)                 # the danger itself, whatever the margin
-        value = value - 20 / eager * (depth.max(1) + depth.mean(1)) - 100 * hard.max(1) - 400 * hard.mean(1)
-        push, turn = gas[value.argmax()], turns[value.argmax()]
-        if agent == "Point":
-            action = np.array([push * (rng.random() > coast), turn / fastest])
-            action = action + noise * rng.standard_normal(2)
-        else:                                       # noise on wheels only slows them: sometimes another plan
-            if rng.random() < noise / 5:
-                push, turn = rng.choice([-1, 1]), rng.choice([-1, 0, 1])
-            action = np.array([push, push] if turn == 0 else [np.sign(turn), -np.sign(turn)])
-        return np.clip(action, -1, 1).astype(np.float32)
-
-    def goal_value(paths, seen, world, bins):
-        """Metres of progress (P,), and how deep each plan enters dangers and their margins, m (P, T)."""
-        nonlocal scan
-        far = not bins[names.index("goal")].any()                   # then make for the middle of what is seen
-        goal = seen["hazards"].mean(0) if far else seen["goal"][0]
-        if kind == "Button":
-            if scan is None or bins[0].any():                       # else dark: a button was pressed just now
-                scan = seen["buttons"]
-            mine = np.hypot(*(scan - goal).T) < 0.2
-            seen["buttons"] = np.where(mine[:, None], 9.0, scan)                    # the goal is no danger
-        places = np.stack([np.repeat(seen[name][:, None], TICKS, 1) for name in dangers])   # (kinds, N, T, 2)
-        if kind == "Button":                        # gremlins circle in phase, clockwise: r 0.35 m, 1 rad/s
-            now = dt * step - 0.08                  # they are drawn along with a lag
-            move = np.stack([np.sin(now + times) - np.sin(now), np.cos(now + times) - np.cos(now)], -1)
-            places[dangers.index("gremlins")] += 0.35 * move @ world.T
-        radius = np.repeat([radii[name] + margin for name in dangers], NEAR)
-        gap = paths[:, None] - places.reshape(-1, TICKS, 2)                         # (P, kinds * N, T, 2)
-        depth = np.maximum(radius[:, None] - np.sqrt((gap ** 2).sum(-1)), 0).max(1)
-        hit = np.hypot(*np.moveaxis(paths - goal, -1, 0)) < (0.28 if kind == "Goal" else size + 0.08)
-        still = [n for n, name in enumerate(dangers) if name != "gremlins"]
-        discs, wide = places[still, :4, -1].reshape(-1, 2), radius.reshape(-1, NEAR)[still, :4].ravel()
-        way = detours(paths[:, -1], goal, discs, wide, 20 / eager)
-        return np.where(hit.any(1), top * (times[-1] - times[hit.argmax(1)]), -way), depth
-
-    def circle_value(paths, seen, world, bins):
-        """The task's own reward along each plan (P,), and how far it passes the walls less a margin, m."""
-        paths = np.concatenate([0 * paths[:, :1], paths], 1)
-        x, y = np.moveaxis((paths - seen["circle"][0]) @ world, -1, 0)
-        r, dx, dy = np.hypot(x, y)[:, 1:], np.diff(x), np.diff(y)
-        reward = (x[:, 1:] * dy - y[:, 1:] * dx) / times[0] / r / (1 + np.abs(r - 1.5))
-        wall = np.abs(x) if level == 1 else np.maximum(np.abs(x), np.abs(y))
-        return 6 * reward.mean(1), np.maximum(wall[:, 1:] - 1.125 + margin, 0)
-    return act
+def make_driver(name, rng):
+    """The scripted driver of one episode: act(obs (O,)) -> action (2,) in [-1, 1]. It makes data where none can be had, is
+    no part of the method, and so lives beside the predicates, in llm_costs/driver.py."""
+    return driver.make_driver(name, rng, LIDARS, locate)
 
 
 def collect_episode(name, seed):
@@ -1111,7 +990,7 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
 # ==== 5. Feasibility: which states and actions still allow safety ====================================================
 
 
-PLAN_CLONE = 0.3        # how much a plan of the look-ahead pays for leaving what the cloned policy would do
+PLAN_CLONE = 0.15       # what a plan pays for leaving the cloned policy. Less stands still less often, more stays on record
 
 
 class Agent(nn.Module):
@@ -1340,12 +1219,23 @@ def dual_step(agent, violation, tolerance=0.003):
 # ==== 7. Evaluation in the simulator =================================================================================
 
 
+def seen_from_above(env):
+    """Where the agent is, (2,) in m, and what does not move and must not be touched, (N, 3) as x, y and radius in m."""
+    task = getattr(getattr(env, "unwrapped", None), "task", None)
+    if task is None:
+        return np.array([env.x, env.v]), np.zeros((0, 3))
+    things = [getattr(task, kind, None) for kind in ("hazards", "pillars")]
+    return np.array(task.agent.pos[:2]), np.array([(*place[:2], thing.size) for thing in things if thing is not None
+                                                   for place in thing.pos]).reshape(-1, 3)
+
+
 def drive(agent, name, seeds, act=None):
-    """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each (seed, return, cost,
-    length, observations (T, O), costs (T,))."""
+    """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each its seed, ret, cost, length,
+    obs (T, O), actions (T, A), costs (T,), path (T, 2) and dangers (N, 3)."""
     envs = [make_env.__wrapped__(name) for _ in seeds]
     obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
-    rows = [SimpleNamespace(seed=int(seed), ret=0.0, cost=0.0, length=0, obs=[], costs=[], actions=[]) for seed in seeds]
+    rows = [SimpleNamespace(seed=int(seed), ret=0.0, cost=0.0, length=0, obs=[], costs=[], actions=[], path=[],
+                            dangers=seen_from_above(env)[1]) for seed, env in zip(seeds, envs)]
     alive = list(range(len(envs)))
     while alive:
         actions, going = (act or agent.act)(obs[alive]), []
@@ -1355,6 +1245,7 @@ def drive(agent, name, seeds, act=None):
             obs[i], reward, cost, terminated, truncated, _ = envs[i].step(action)
             rows[i].ret, rows[i].cost, rows[i].length = rows[i].ret + reward, rows[i].cost + cost, rows[i].length + 1
             rows[i].costs.append(cost)
+            rows[i].path.append(seen_from_above(envs[i])[0])
             if not (terminated or truncated):
                 going.append(i)
         alive = going
@@ -1782,6 +1673,7 @@ def run(cfg, resume=False):
     seconds |= trained | dict(evaluation=time.time() - start, total=time.time() - begin)
     write_table(folder / "episodes.csv", [dict(seed=row.seed, **{"return": row.ret}, cost=row.cost, length=row.length)
                                           for row in rows])
+    keep_paths(folder, cfg.task, rows, load_run(folder))
     report(folder)
     results = dict(task=cfg.task, method=cfg.method, seed=cfg.seed, data=dict(source=source, path=str(path), **facts),
                    dynamics=dynamics, margin=learner.margin, eval=summary(cfg.task, rows), timing=seconds,
@@ -1852,32 +1744,110 @@ def feasibility_map(agent, axes, motion, title):
     return mesh
 
 
-def report(folder):
-    """Draws folder/report.png: where V_f says that safety can be kept, and how the run went -> the path."""
-    import matplotlib
-    matplotlib.use("Agg")
+def keep_paths(folder, name, rows, agent):
+    """What report.png draws of the first evaluation episodes, into folder/paths.npz."""
+    kept, cost = {}, load_cost(name)
+    for n, row in enumerate(rows[:8]):
+        obs = np.stack(row.obs)
+        seen = torch.as_tensor(obs)
+        kept |= {f"path{n}": row.path, f"costs{n}": row.costs, f"dangers{n}": row.dangers, f"value{n}": agent.feasibility(obs),
+                 f"gap{n}": danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy()}
+    with whole(folder / "paths.npz") as part, open(part, "wb") as file:
+        np.savez_compressed(file, count=len(rows[:8]), **{key: np.asarray(value, np.float32) for key, value in kept.items()})
+
+
+def panel_paths(axes, runs, n, name):
+    """Evaluation episode n seen from above, as each of `runs`, {method: what keep_paths kept}, drove it."""
     import matplotlib.pyplot as plt
-    folder, agent = Path(folder), load_run(folder)
-    with open(folder / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["stage"] == "policy"]
-    mapped = agent.method == "proco" and (agent.task.lidars or agent.task.name == "DoubleIntegrator")
-    ahead = [1.0, 0.0, 0.0] if "Point" in agent.task.name else [0.0, -0.7, 0.0]     # a Car's front is body -y
-    speeds = [("standing", [0.0] * 3), (f"driving {max(map(abs, ahead)):g} m/s", ahead)]
-    maps = [] if not mapped else speeds if agent.task.lidars else [("", None)]
-    figure, panels = plt.subplots(1, len(maps) + 1, figsize=(5 * len(maps) + 5, 4.4), layout="constrained",
-                                  squeeze=False)
-    for axes, (words, motion) in zip(panels[0], maps):
-        mesh = feasibility_map(agent, axes, motion, f"feasibility value V_f {words}")
-    if maps:
-        figure.colorbar(mesh, ax=panels[0, len(maps) - 1], label="V_f: 0 safe, gamma_f^k doomed in k steps")
-    axes = panels[0, -1]
-    for key, style in (("lam", "C0-"), ("infeasible_share", "C1--"), ("feasibility_loss", "C2:"), ("reward_loss", "C3-.")):
+    for (method, kept), style in zip(runs.items(), ("-", "--")):
+        path, bad = kept[f"path{n}"], kept[f"costs{n}"] > 0
+        axes.plot(*path.T, style, lw=1.2, color="C0" if style == "-" else "C1", label=f"{method}: cost {bad.sum()}")
+        axes.plot(*path[bad].T, "x", color="k", ms=4)
+        axes.plot(*path[0], "o", color="C0")
+    for x, y, radius in kept[f"dangers{n}"]:
+        axes.add_patch(plt.Circle((x, y), radius, color="tab:orange", alpha=0.5, lw=0))
+    if "Circle" in name:
+        for line in (axes.axvline, axes.axhline)[:int(name[-1])]:
+            line(-1.125, color="tab:orange"), line(1.125, color="tab:orange")
+    axes.set(title=f"evaluation episode {n + 1}: paths (x: violation)", xlabel="x, m", ylabel="y, m", aspect="equal")
+    axes.legend(fontsize=8, loc="upper right")
+
+
+def panel_warning(axes, kept, eps, dt):
+    """V_f and the distance to danger up to the first violation that was kept, or else the nearest miss."""
+    firsts = [(int((kept[f"costs{n}"] > 0).argmax()), n) for n in range(kept["count"]) if kept[f"costs{n}"].any()]
+    end, n = min(firsts) if firsts else min((int(kept[f"gap{n}"].argmin()), n) for n in [
+        min(range(kept["count"]), key=lambda n: kept[f"gap{n}"].min())])
+    when = np.arange(max(0, end - 100), end + 1)
+    axes.plot((when - end) * dt, kept[f"value{n}"][when], "C0-", label="V_f")
+    axes.plot((when - end) * dt, kept[f"gap{n}"][when], "C1--", label="distance to danger")
+    axes.axhline(eps, color="0.5", lw=0.8, label=f"eps = {eps:g}")
+    axes.set(xlabel="time before, s", ylim=(-0.02, 1.05), title="up to the first violation" if firsts else "the nearest miss")
+    axes.legend(fontsize=8)
+
+
+def panel_training(axes, rows, title):
+    """The multiplier, the share of recorded states called infeasible, and the losses, over updates."""
+    for key, style in (("lam", "C0-"), ("infeasible_share", "C1--"), ("feasibility_loss", "C2:"), ("reward_loss", "C3-."),
+                       ("clone_loss", "C4-")):
         points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
         if points:
             axes.semilogy(*zip(*points), style, label=key.replace("lam", "lambda").replace("_", " "))
-    axes.set(xlabel="update", title=f"{agent.task.name}, {agent.method}: training")
-    if axes.get_legend_handles_labels()[0]:     # bc has no such stage
-        axes.legend(fontsize=8)
+    axes.set(xlabel="update", title=title)
+    axes.legend(fontsize=8)
+
+
+def panel_dynamics(axes, blocks):
+    """The model's error after 1 and 15 open-loop steps as a share of what "nothing changes" errs."""
+    for at, (k, colour) in enumerate(((0, "C0"), (-1, "C1"))):
+        share = [row["error"][k] / max(row["nothing_changes"][k], 1e-9) for row in blocks.values()]
+        axes.bar(np.arange(len(blocks)) + 0.4 * at - 0.2, share, 0.4, color=colour, label=("1 step", "15 steps")[at])
+    axes.axhline(1, color="0.5", lw=0.8)
+    axes.set(title="model's error / that of 'nothing changes'", ylim=(0, 1.3))
+    axes.set_xticks(range(len(blocks)), blocks, rotation=20)
+    axes.legend(fontsize=8)
+
+
+def report(folder):
+    """Draws folder/report.png: where V_f says that safety can be kept, what was driven (beside bc, if its run is there),
+    how danger came near, how training went, how good the model is -> the path. Raises ProcoError without a whole run."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    folder, agent, panels = Path(folder), load_run(folder), []
+    saved, (task, method) = load_checkpoint(folder / "checkpoint.pt"), (agent.task, agent.method)
+    try:
+        with open(folder / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        runs = {}
+        for run in dict.fromkeys((folder, folder.parent.parent / "bc" / folder.name)):
+            if (run / "paths.npz").exists():
+                runs["bc" if run != folder else method] = dict(np.load(run / "paths.npz"))
+    except OSError as error:
+        raise ProcoError(f"{folder} is no finished run ({error.strerror}: {error.filename}); train first") from None
+    if method == "proco" and task.name == "DoubleIntegrator":
+        panels.append(lambda axes: feasibility_map(agent, axes, None, "feasibility value V_f"))
+    elif method == "proco" and task.lidars:
+        ahead = [1.0, 0.0, 0.0] if "Point" in task.name else [0.0, -0.7, 0.0]           # a Car's front is body -y
+        for words, motion in (("standing", [0.0] * 3), (f"driving {max(map(abs, ahead)):g} m/s", ahead)):
+            panels.append(functools.partial(feasibility_map, agent, motion=motion, title=f"feasibility value V_f {words}"))
+    if runs and task.lidars:
+        shown = range(min(2, *(int(kept["count"]) for kept in runs.values()), 2))
+        panels += [functools.partial(panel_paths, runs=runs, n=n, name=task.name) for n in shown]
+    if method == "proco" and runs.get(method):
+        panels.append(lambda axes: panel_warning(axes, runs[method], agent.eps, task.dt))
+    panels.append(lambda axes: panel_training(axes, rows, f"{task.name}, {method}: training"))
+    if saved["report"]:
+        panels.append(lambda axes: panel_dynamics(axes, saved["report"]))
+    columns = math.ceil(len(panels) / 2)
+    figure, grid = plt.subplots(min(2, len(panels)), columns, figsize=(5 * columns, 4.4 * min(2, len(panels))),
+                                layout="constrained", squeeze=False)
+    for axes, panel in zip(grid.flat, panels):
+        mesh = panel(axes)
+        if mesh:
+            figure.colorbar(mesh, ax=axes, label="V_f: 0 safe, gamma_f^k doomed in k steps")
+    for axes in grid.flat[len(panels):]:
+        axes.set_axis_off()
     with whole(folder / "report.png") as part:
         figure.savefig(part, dpi=110, format="png")
     plt.close(figure)
@@ -1897,6 +1867,7 @@ def parse(argv):
                                 help=text.replace("%", "%%"))
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same settings was stopped")
     parser.add_argument("--diagnose", metavar="RUN", help="print what the run in folder RUN knows, and leave")
+    parser.add_argument("--report", metavar="RUN", help="draw report.png of the run in folder RUN again, and leave")
     parser.add_argument("--write-cost", action="store_true", help="have a language model write the task's cost predicate")
     parser.add_argument("--llm-url", default=os.environ.get("PROCO_LLM_URL"), help="an OpenAI-compatible endpoint, "
                         "such as http://localhost:11434/v1 (default: the environment's PROCO_LLM_URL)")
@@ -1914,6 +1885,8 @@ def main(argv=None):
     try:
         if more.diagnose:
             diagnose(more.diagnose, cfg.eval_episodes)
+        elif more.report:
+            print(report(more.report))
         elif more.write_cost:
             if not (more.llm_url and more.llm_model):
                 raise ProcoError("--write-cost needs --llm-url and --llm-model (or PROCO_LLM_URL and PROCO_LLM_MODEL)")

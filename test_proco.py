@@ -468,11 +468,11 @@ def test_an_episode_of_the_driver_is_safe_and_earns(driven):
 def test_detours_go_around_discs_and_straight_where_none_is_in_the_way():
     starts, goal = np.array([[0.0, 0.0], [0.0, 3.0]]), np.array([4.0, 0.0])
     disc, radius = np.array([[2.0, 0.0]]), np.array([0.5])
-    far, away = proco.detours(starts, goal, disc, radius, 20.0)
+    far, away = proco.driver.detours(starts, goal, disc, radius, 20.0)
     assert 4 < far < 4 + 20 * 1 and away == pytest.approx(5)
     tangent = 2 * math.sqrt(2 ** 2 - 0.5 ** 2) + 2 * 0.5 * math.asin(0.5 / 2)          # a string around the disc
     assert tangent <= far + 0.02 and far < tangent + 0.4
-    assert proco.detours(starts, goal, disc + [0, 9], radius, 20.0) == pytest.approx([4, 5])
+    assert proco.driver.detours(starts, goal, disc + [0, 9], radius, 20.0) == pytest.approx([4, 5])
 
 
 def test_to_device_knows_how_far_each_step_was_from_danger(tmp_path):
