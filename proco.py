@@ -990,7 +990,7 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
 # ==== 5. Feasibility: which states and actions still allow safety ====================================================
 
 
-PLAN_CLONE = 0.15       # what a plan pays for leaving the cloned policy. Less stands still less often, more stays on record
+PLAN_CLONE = 0.15       # what a plan pays for leaving the cloned policy: with less an agent stands still less often, and errs more
 
 
 class Agent(nn.Module):

@@ -55,6 +55,13 @@ def at_home_nowhere(cache, monkeypatch):
     monkeypatch.setenv("DSRL_DATASET_DIR", str(cache / "dsrl"))
     for name in ("PROCO_LLM_URL", "PROCO_LLM_MODEL", "PROCO_LLM_KEY"):
         monkeypatch.delenv(name, raising=False)
+    fetch = proco.download
+
+    def near(url, path, notes):                 # nor anything from the network: DSRL's files have gigabytes
+        if "//127.0.0.1" not in url:
+            raise ProcoError("no test goes out")
+        return fetch(url, path, notes)
+    monkeypatch.setattr(proco, "download", near)
 
 
 def gen(seed=0):
@@ -1640,6 +1647,38 @@ def trained(cache):
     results = proco.run(small(out=str(cache / "runs")))
     proco.CACHE = keep
     return cache / "runs" / "DoubleIntegrator" / "proco" / "seed0", results
+
+
+def test_the_report_is_drawn_again(trained, capsys, tmp_path):
+    folder, _ = trained
+    first = (folder / "report.png").read_bytes()
+    (folder / "report.png").unlink()
+    assert proco.main(["--report", str(folder)]) == 0 and "report.png" in capsys.readouterr().out
+    assert (folder / "report.png").read_bytes()[:8] == first[:8] == b"\x89PNG\r\n\x1a\n" and len(first) > 20_000
+    (tmp_path / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes())          # stopped half-way
+    assert "no finished run" in fails(capsys, "--report", tmp_path)
+
+
+def test_paths_are_kept_as_they_were_driven(trained):
+    kept, rows = np.load(trained[0] / "paths.npz"), list(csv.DictReader(open(trained[0] / "episodes.csv")))
+    assert 1 <= kept["count"] <= len(rows)
+    for n in range(kept["count"]):
+        x = kept[f"path{n}"][:, 0]
+        assert len(x) == int(rows[n]["length"]) and kept[f"costs{n}"].sum() == float(rows[n]["cost"])
+        assert (kept[f"costs{n}"] > 0).tolist() == (x >= 1).tolist()
+        assert x[-1] - x[0] == pytest.approx(float(rows[n]["return"]), abs=0.25)        # the first step is not in it
+
+
+@pytest.mark.parametrize("name", ["PointGoal1", "CarPush1"])
+def test_seen_from_above_the_lidars_nearest_is_the_nearest(name):
+    env, task = proco.make_env(name), get_task(name)
+    obs, _ = env.reset(seed=4)
+    place, dangers = proco.seen_from_above(env)
+    kinds = {lidar.name: proco.nearest(torch.as_tensor(proco.encode(obs, task)), task)[n].item()
+             for n, lidar in enumerate(task.lidars)}
+    gaps = np.hypot(*(dangers[:, :2] - place).T)
+    assert min(gaps) == pytest.approx(min(kinds[k] for k in ("hazards", "pillars") if k in kinds), abs=1e-3)
+    assert set(dangers[:, 2]) <= {0.2, 0.3}
 
 
 def test_a_run_leaves_what_it_promises(trained):
