@@ -15,6 +15,7 @@ copies the drivers and crashes a little off their tracks. PROCO makes up the cra
     5 feasibility      Q_f(s, a), V_f(s) from D and D_cf: gamma_f^k where a violation k steps ahead can't be avoided
          |
     6 policy           Lagrangian TD3+BC: reward where safety can be kept, the way back to safety where it can't
+                       (it proposes; acting looks a second ahead in the model and does what stays feasible)
          |
     7 evaluation       return and cost in the real simulator
 
@@ -1481,7 +1482,8 @@ class Learner:
     def restore(self, saved):
         """Takes up a checkpoint. D_cf is not kept but rolled out again, from the agents and the random states of the
         time, which is exact and takes seconds."""
-        for agent, random in saved["snapshots"]:
+        finished = saved["step"] == self.clone_updates + self.updates
+        for agent, random in () if finished else saved["snapshots"]:
             self.agent.load_state_dict(agent)
             self.generator.set_state(random)
             self.roll_out()
@@ -1780,9 +1782,10 @@ def panel_warning(axes, kept, eps, dt):
         min(range(kept["count"]), key=lambda n: kept[f"gap{n}"].min())])
     when = np.arange(max(0, end - 100), end + 1)
     axes.plot((when - end) * dt, kept[f"value{n}"][when], "C0-", label="V_f")
-    axes.plot((when - end) * dt, kept[f"gap{n}"][when], "C1--", label="distance to danger")
+    axes.plot((when - end) * dt, kept[f"gap{n}"][when], "C1--", label="distance to danger (m, m/s)")
     axes.axhline(eps, color="0.5", lw=0.8, label=f"eps = {eps:g}")
     axes.set(xlabel="time before, s", ylim=(-0.02, 1.05), title="up to the first violation" if firsts else "the nearest miss")
+    axes.locator_params(axis="x", nbins=5)
     axes.legend(fontsize=8)
 
 
@@ -1794,6 +1797,7 @@ def panel_training(axes, rows, title):
         if points:
             axes.semilogy(*zip(*points), style, label=key.replace("lam", "lambda").replace("_", " "))
     axes.set(xlabel="update", title=title)
+    axes.locator_params(axis="x", nbins=5)
     axes.legend(fontsize=8)
 
 
