@@ -1156,7 +1156,6 @@ def test_redrawn_tells_a_jump_from_a_drive():
     after[:, goal:goal + 2] = torch.tensor([[0.36, 0.0], [1.9, 0.3], [0.4, 0.0], [0.16, 0.0]])
     after[:, hazards:hazards + 2] = torch.tensor([[0.0, 0.3], [0.0, 0.3], [0.0, 0.5], [0.0, 0.32]])
     assert proco.redrawn(state, after, task)[:, :2].tolist() == [[False, False], [True, False], [False, True], [True, False]]
-    assert not proco.redrawn(state, after, task, steps=5)[3, 0]                 # five steps can go 24 cm
     assert proco.nearest(state, task)[:, :2].tolist() == [[pytest.approx(0.4), pytest.approx(0.3)]] * 4
 
 
@@ -1266,7 +1265,6 @@ def test_decisions_are_stretches_within_an_episode():
     assert out["action"][:, 0].tolist() == pytest.approx([0.1, 0.2, 0.5])
     assert out["reward"].tolist() == [1 + 1 + 1, 2 + 2 + 2, 16 + 16 + 16] and out["done"].tolist() == [0, 1, 0]
     assert out["cost"].tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0]] and out["danger"].tolist() == pytest.approx([0.03, 0.03, 0.5])
-    assert not out["redrawn"].any()
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
