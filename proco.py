@@ -1551,15 +1551,16 @@ def train(cfg, task, data, cost, folder, resume):
                 logs = learner.clone_update() if name == "clone" else learner.update()
                 learner.step += 1
                 last = learner.step == end
-                if learner.step % 200 == 1 or last:
+                if learner.step % 200 == 1 or last or asked:
                     logs = {key: float(value) for key, value in logs.items()}
                     if not all(map(math.isfinite, logs.values())):
                         raise ProcoError(f"a loss is no longer finite at update {learner.step} ({logs}); {path} keeps the "
                                          "last good state: lower the learning rates or look at the data")
-                    learner.metrics.append(dict(step=learner.step, stage=name, **logs))
+                    if learner.step % 200 == 1 or last:
+                        learner.metrics.append(dict(step=learner.step, stage=name, **logs))
                     bar.update(learner.step - bar.n)
                     bar.set_postfix_str(" ".join(f"{key.removesuffix('_loss')} {value:.3g}" for key, value in logs.items()))
-                if learner.step % 2000 == 0 or last or asked:
+                if learner.step % 2000 == 1 or last or asked:       # only what has just been found finite is kept
                     seconds[name] = seconds.get(name, 0) + time.time() - start
                     start = time.time()
                     checkpoint()

@@ -1,7 +1,7 @@
 """Tests of every step of proco.py, in its order, against closed forms, brute force, known numbers, real HDF5 files
 and the real simulator; then of the command line and of whole runs.
 
-    python -m pytest -q test_proco.py                          # two minutes on two cores
+    python -m pytest -q test_proco.py                          # three minutes on two cores
     PROCO_SLOW=1 python -m pytest -q test_proco.py -k full     # and the double integrator at full length
 """
 import csv
@@ -1782,22 +1782,32 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(trained, tmp_path, monk
     assert read(trained[0], "metrics.csv")[-1] == read(folder, "metrics.csv")[-1]
 
 
-def test_a_run_that_is_killed_goes_on_bit_for_bit(trained, cache, tmp_path):
+@pytest.mark.parametrize("method", ["bc", "proco"])
+def test_an_absurd_learning_rate_ends_in_one_sentence(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(proco, "adam", lambda *nets, rate=0: torch.optim.SGD([p for net in nets for p in net.parameters()], 1e30))
+    with pytest.raises(ProcoError, match="no longer finite at update .*lower the learning rates"):
+        proco.run(small(out=str(tmp_path), method=method))
+    kept = weights(tmp_path / "DoubleIntegrator" / method / "seed0")
+    assert all(torch.isfinite(value).all() for value in kept.values())          # the last good state
+
+
+def test_a_run_that_is_killed_three_times_goes_on_bit_for_bit(trained, cache, tmp_path):
     code = f"""
-import os, signal, torch, proco
+import os, signal, sys, torch, proco
 from pathlib import Path
 torch.set_num_threads(1)
 update, count = proco.Learner.update, []
 def killed(learner):
     count.append(1)
-    if len(count) == 30:
+    if len(count) == int(sys.argv[-1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return update(learner)
 proco.Learner.update = killed
-proco.run({small(out=str(tmp_path))!r})
+proco.run({small(out=str(tmp_path))!r}, resume=True)
 """.replace("run(Config", "run(proco.Config")
-    done = python(code, tmp_path)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    for updates in (30, 7, 51):
+        done = python(code.replace("sys.argv[-1]", str(updates)), tmp_path)
+        assert done.returncode == -signal.SIGKILL, done.stderr
     proco.run(small(out=str(tmp_path)), resume=True)
     same_run(trained[0], tmp_path / "DoubleIntegrator" / "proco" / "seed0")
 
