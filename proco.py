@@ -535,9 +535,12 @@ def load_data(path, task, max_episode_cost=0.0):
             if not len(kept):
                 raise ProcoError(f"none of the {len(ends)} episodes in {path} has at most {max_episode_cost:g} violations"
                                  f" (the safest has {total.min():g}); allow more with --max-episode-cost")
-            runs = np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1)        # contiguous pieces: fast to read
-            arrays = {key: np.concatenate([file[key][run[0]:run[-1] + 1] for run in runs]).astype(np.float32)
-                      for key in KEYS[:3]}
+            gaps = np.flatnonzero(np.diff(kept) > 1) + 1                        # contiguous pieces: fast to read, and
+            bounds = np.unique([0, *gaps, *range(0, len(kept), 65_536), len(kept)])     # small ones: no array lies there twice
+            arrays = {key: np.empty((len(kept), *file[key].shape[1:]), np.float32) for key in KEYS[:3]}
+            for key, array in arrays.items():
+                for low, high in zip(bounds, bounds[1:]):
+                    array[low:high] = file[key][kept[low]:kept[high - 1] + 1]
         except OSError as error:
             raise ProcoError(f"can't read {path}: it is damaged ({type(error).__name__})") from None
     arrays |= dict(rewards=rewards[kept], costs=costs[kept], terminals=terminals[kept], timeouts=timeouts[kept])
