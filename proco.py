@@ -1226,8 +1226,8 @@ def dual_step(agent, violation, tolerance=0.003):
 def seen_from_above(env):
     """Where the agent is, (2,) in m, and what does not move and must not be touched, (N, 3) as x, y and radius in m."""
     task = getattr(getattr(env, "unwrapped", None), "task", None)
-    if task is None:
-        return np.array([env.x, env.v]), np.zeros((0, 3))
+    if task is None:                            # a line and its speed; robots that run have no map
+        return np.array([getattr(env, "x", 0.0), getattr(env, "v", 0.0)]), np.zeros((0, 3))
     things = [getattr(task, kind, None) for kind in ("hazards", "pillars")]
     return np.array(task.agent.pos[:2]), np.array([(*place[:2], thing.size) for thing in things if thing is not None
                                                    for place in thing.pos]).reshape(-1, 3)

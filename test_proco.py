@@ -1679,6 +1679,11 @@ def test_seen_from_above_the_lidars_nearest_is_the_nearest(name):
     assert set(dangers[:, 2]) <= {0.2, 0.3}
 
 
+def test_robots_that_run_are_driven_without_a_map():
+    row, = proco.drive(None, "HalfCheetahVelocity", [0], lambda obs: np.zeros((len(obs), 6), np.float32))
+    assert row.length == 1000 and np.shape(row.path) == (1000, 2) and row.dangers.shape == (0, 3)
+
+
 def test_a_run_leaves_what_it_promises(trained):
     folder, results = trained
     assert {"config.json", "metrics.csv", "episodes.csv", "results.json", "checkpoint.pt"} <= {
