@@ -536,7 +536,7 @@ def load_data(path, task, max_episode_cost=0.0):
                 raise ProcoError(f"none of the {len(ends)} episodes in {path} has at most {max_episode_cost:g} violations"
                                  f" (the safest has {total.min():g}); allow more with --max-episode-cost")
             gaps = np.flatnonzero(np.diff(kept) > 1) + 1                        # contiguous pieces: fast to read, and
-            bounds = np.unique([0, *gaps, *range(0, len(kept), 65_536), len(kept)])     # small ones: no array lies there twice
+            bounds = np.unique([*gaps, *range(0, len(kept), 65_536), len(kept)])    # small ones: nothing lies there twice
             arrays = {key: np.empty((len(kept), *file[key].shape[1:]), np.float32) for key in KEYS[:3]}
             for key, array in arrays.items():
                 for low, high in zip(bounds, bounds[1:]):
@@ -994,7 +994,8 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
 # ==== 5. Feasibility: which states and actions still allow safety ====================================================
 
 
-PLAN_CLONE = 0.15       # what a plan pays for leaving the cloned policy: with less an agent stands still less often, and errs more
+# ASSUMED: what a plan pays for leaving the cloned policy. With less an agent stands still less often, and errs more.
+PLAN_CLONE = 0.15
 
 
 class Agent(nn.Module):
@@ -1088,7 +1089,8 @@ class Agent(nn.Module):
         options = candidate_actions(self.propose(state), self.candidates, generator)              # (M, B, A)
         count, size = len(options), options.shape[-1]
         # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
-        second = torch.where(draw(count, 1, size) < 0.5, 2 * draw(count, 1, size) - 1, (3 * draw(count, 1, size)).floor() - 1)
+        second = torch.where(draw(count, 1, size) < 0.5, 2 * draw(count, 1, size) - 1,
+                             (3 * draw(count, 1, size)).floor() - 1)
         switch = 1 + draw(2 * count, 1) * (self.look_ahead - 1)
         switch[count::2] = self.look_ahead                                                        # held throughout
         flat = lambda x: x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)                          # (., B, .) -> (rows, .)
@@ -1756,8 +1758,8 @@ def keep_paths(folder, name, rows, agent):
     for n, row in enumerate(rows[:8]):
         obs = np.stack(row.obs)
         seen = torch.as_tensor(obs)
-        kept |= {f"path{n}": row.path, f"costs{n}": row.costs, f"dangers{n}": row.dangers, f"value{n}": agent.feasibility(obs),
-                 f"gap{n}": danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy()}
+        kept |= {f"path{n}": row.path, f"costs{n}": row.costs, f"dangers{n}": row.dangers,
+                 f"value{n}": agent.feasibility(obs), f"gap{n}": danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy()}
     with whole(folder / "paths.npz") as part, open(part, "wb") as file:
         np.savez_compressed(file, count=len(rows[:8]), **{key: np.asarray(value, np.float32) for key, value in kept.items()})
 
@@ -1788,7 +1790,8 @@ def panel_warning(axes, kept, eps, dt):
     axes.plot((when - end) * dt, kept[f"value{n}"][when], "C0-", label="V_f")
     axes.plot((when - end) * dt, kept[f"gap{n}"][when], "C1--", label="distance to danger (m, m/s)")
     axes.axhline(eps, color="0.5", lw=0.8, label=f"eps = {eps:g}")
-    axes.set(xlabel="time before, s", ylim=(-0.02, 1.05), title="up to the first violation" if firsts else "the nearest miss")
+    axes.set(xlabel="time before, s", ylim=(-0.02, 1.05),
+             title="up to the first violation" if firsts else "the nearest miss")
     axes.locator_params(axis="x", nbins=5)
     axes.legend(fontsize=8)
 
@@ -1840,7 +1843,7 @@ def report(folder):
         for words, motion in (("standing", [0.0] * 3), (f"driving {max(map(abs, ahead)):g} m/s", ahead)):
             panels.append(functools.partial(feasibility_map, agent, motion=motion, title=f"feasibility value V_f {words}"))
     if runs and task.lidars:
-        shown = range(min(2, *(int(kept["count"]) for kept in runs.values()), 2))
+        shown = range(min(2, *(int(kept["count"]) for kept in runs.values())))
         panels += [functools.partial(panel_paths, runs=runs, n=n, name=task.name) for n in shown]
     if method == "proco" and runs.get(method):
         panels.append(lambda axes: panel_warning(axes, runs[method], agent.eps, task.dt))
