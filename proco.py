@@ -27,8 +27,8 @@ copies the drivers and crashes a little off their tracks. PROCO makes up the cra
 Legend for shapes: E members, B batch, T time, H horizon, S state, A action, O observation, M candidates, N objects.
 ASSUMED marks what the paper leaves open, DEVIATION where we leave it, FORK where a fork would cut in.
 """
-import argparse, contextlib, copy, csv, dataclasses, difflib, functools, importlib.metadata, importlib.util, json, math
-import multiprocessing, os, re, runpy, signal, sys, time
+import argparse, contextlib, copy, csv, dataclasses, difflib, functools, importlib.metadata, json, math, multiprocessing
+import os, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +41,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+sys.modules.setdefault("proco", sys.modules[__name__])                         # so that these find it when it is a script
 from llm_costs import driver, language
+from llm_costs.fetch import dsrl_infos, fetch_dsrl
 from llm_costs.language import CostError, ProcoError
+from llm_costs.pictures import draw_comparison, keep_paths, report
 
 HERE = Path(__file__).resolve().parent
-METHODS = ("bc", "td3bc", "proco")
+METHODS = ("bc", "td3bc", "td3bc-lag", "fisor", "cpq", "proco", "proco-fisor", "proco-cpq")
 ROUNDS = 6                                      # of counterfactual roll-outs, spread over the policy's training
 DRIVER = "v1"                                   # of the scripted driver, in the names of the files it made
 
@@ -60,7 +63,8 @@ class Config:
     """Every setting of a run; the command line is made from it. Lengths are multiplied by --scale."""
 
     task: str = knob("CarButton1", "which task, such as PointGoal1, CarCircle2 or DoubleIntegrator")
-    method: str = knob("proco", "bc, td3bc or proco")
+    method: str = knob("proco", "bc, td3bc; td3bc-lag, fisor, cpq; or one of these three with PROCO under it: proco (= "
+                                "td3bc-lag with PROCO), proco-fisor, proco-cpq")
     seed: int = knob(0, "seed of everything that is drawn while training")
     data: str = knob("auto", "auto, dsrl, driver, or the path of an HDF5 file in DSRL's format")
     out: str = knob("runs", "folder that gets <task>/<method>/seed<k>/")
@@ -74,9 +78,11 @@ class Config:
     ensemble: int = knob(7, "members of the dynamics ensemble; the better two thirds become elites")
     model_epochs: int = knob(12, "most epochs of the dynamics model; it stops earlier when the hold-out is flat")
     # 3 cost
+    cost: str = knob("llm", "whose cost labels model states: llm (the language model's predicate) or oracle (the "
+                            "simulator's own rule, for Goal1, Push1, Circle and velocity)")
     margin: float = knob(-1.0, "widens the danger, in its own unit (m, m/s); negative: twice the model's own error")
     # 4 counterfactual roll-outs
-    horizon: int = knob(36, "steps of a counterfactual roll-out; a decision lasts 6 of them for a Point, 3 for a Car")
+    horizon: int = knob(36, "steps of a counterfactual roll-out, 6 a decision for a Point, 3 for a Car; 0: none, ablation")
     rollouts: int = knob(40_000, "counterfactual roll-outs in the whole run")
     # 5 feasibility
     gamma_f: float = knob(0.97, "discount of the feasibility value: gamma_f^k, k steps before what can't be avoided")
@@ -92,10 +98,21 @@ class Config:
     candidates: int = knob(32, "actions that acting chooses from; 0: the bare actor")
     look_ahead: int = knob(8, "decisions that acting looks ahead in the model; 0: Q_f alone chooses, as while training")
 
+    @property
+    def algorithm(self):
+        """The algorithm on which --method puts PROCO, or which it runs alone."""
+        return "td3bc-lag" if self.method == "proco" else self.method.removeprefix("proco-")
+
+    @property
+    def counterfactual(self):
+        """Whether PROCO is under the algorithm: a dynamics model, the conservative cost and D_cf."""
+        return self.method.startswith("proco")
+
 
 # A line and a wall need less than a car among obstacles.
-PRESETS = {"DoubleIntegrator": dict(hidden=64, clone_updates=1_000, feasibility_updates=4_000, updates=2_000, horizon=20,
-                                    rollouts=20_000, margin=0.005, eval_episodes=50, look_ahead=0)}
+PRESETS = {"DoubleIntegrator": dict(driver_episodes=100, hidden=64, model_epochs=40, margin=0.005, horizon=21,
+                                    rollouts=20_000, gamma_f=0.98, eps=0.35, clone_updates=500,
+                                    feasibility_updates=4_000, updates=1_000, look_ahead=0, eval_episodes=50)}
 
 
 # ==== Tasks, and the state they are seen through =====================================================================
@@ -106,6 +123,8 @@ LIDARS = dict(Circle=("circle",), Goal=("goal", "hazards", "vases"),         # i
 NEAREST = dict(circle=1, goal=1, buttons=4, hazards=5, gremlins=4, vases=3, pillars=4, push_box=1)
 VELOCITY = dict(AntVelocity=(27, 8), HalfCheetahVelocity=(17, 6), HopperVelocity=(11, 3),
                 SwimmerVelocity=(8, 2), Walker2dVelocity=(17, 6))               # observation and action size
+SPEEDS = dict(AntVelocity=(2.6222, [13, 14]), HalfCheetahVelocity=(3.2096, [8]), HopperVelocity=(0.7402, [5]),
+              SwimmerVelocity=(0.2282, [3]), Walker2dVelocity=(2.3415, [8]))    # limit in m/s and where velocity is seen
 
 
 @dataclass(frozen=True)
@@ -143,7 +162,7 @@ def get_task(name, raw_obs=False):
 
     Raises ProcoError with the nearest names for a task there is not."""
     if name == "DoubleIntegrator":
-        return Task(name, 2, 1, 100, 0.1, (0, 1))
+        return Task(name, 2, 1, 100, 0.1, (0, 1), repeat=3)
     if name in VELOCITY:
         size, actions = VELOCITY[name]
         return Task(name, size, actions, 1000, 0.05, tuple(range(size)))
@@ -284,9 +303,12 @@ class DoubleIntegrator:
 
     dt = 0.1
 
+    def __init__(self, far=3.0):
+        self.far = far                          # m; episodes start at x in [-far, 0]
+
     def reset(self, seed=None):
         rng = np.random.default_rng(seed)
-        self.x, self.v, self.t = rng.uniform(-3, 0), rng.uniform(-0.5, 0.5), 0
+        self.x, self.v, self.t = rng.uniform(-self.far, 0), rng.uniform(-0.5, 0.5), 0
         return np.array([self.x, self.v], np.float32), {}
 
     def step(self, action):
@@ -331,7 +353,8 @@ WORKERS = os.cpu_count() or 1
 
 
 def demonstrator(rng):
-    """The double integrator's driver: speeds up to a speed of its own, brakes in time for a stop before the wall."""
+    """The double integrator's driver: speeds up to a speed of its own, brakes in time for a stop before the wall. It
+    starts from farther away than the policy will, since from 3 m nobody who stops in time gets to know 2 m/s."""
     speed, stop, brake, noise = rng.uniform(0.3, 2), rng.uniform(0.3, 0.95), rng.uniform(0.3, 0.9), rng.uniform(0, 0.5)
 
     def act(obs):
@@ -350,9 +373,9 @@ def make_driver(name, rng):
 
 def collect_episode(name, seed):
     """One episode of a new driver in the simulator -> dict of arrays (T, .), float32, named as in DSRL."""
-    env, rows, ended = make_env(name), [], False
-    rng = np.random.default_rng(seed)
-    act = demonstrator(rng) if name == "DoubleIntegrator" else make_driver(name, rng)
+    rows, ended, rng = [], False, np.random.default_rng(seed)
+    env, act = (DoubleIntegrator(far=6.0), demonstrator(rng)) if name == "DoubleIntegrator" else \
+        (make_env(name), make_driver(name, rng))
     obs, _ = env.reset(seed=seed)
     while not ended:
         action = act(obs)
@@ -381,110 +404,6 @@ def drive_data(name, episodes):
         for key in KEYS:
             file.create_dataset(key, data=np.concatenate([episode[key] for episode in parts]), compression="lzf")
     return path
-
-
-MIRROR = "https://huggingface.co/datasets/YYY-45/DSRL/resolve/main"             # DSRL's own host is often down
-
-
-def dsrl_infos():
-    """What dsrl/infos.py defines, {} without dsrl; read, not imported, for that wants simulators not used here."""
-    package = importlib.util.find_spec("dsrl")
-    return runpy.run_path(str(Path(package.submodule_search_locations[0]) / "infos.py")) if package else {}
-
-
-def is_hdf5(path):
-    """Whether a file is there and whole: HDF5 notes its own length, so what was cut off can't be opened."""
-    with contextlib.suppress(OSError), h5py.File(path, "r"):
-        return True
-    return False
-
-
-def download(url, path, notes):
-    """Fetches url to path by way of a .part file, which a later try or run goes on with where the server says that the
-    file is still the same; `notes`, an open text file, keeps the part's url, tag and size. ProcoError where nobody
-    answers, five tries bring no new byte, or what comes is no whole HDF5."""
-    import requests
-    part, host, best, tries, met = path.with_name(f".{path.name}.part"), url.rsplit("/", 1)[0], 0, 0, False
-    while tries < 5:
-        time.sleep(tries)
-        notes.seek(0)
-        known, have = (notes.read() + "\n\n").split("\n")[:3], part.stat().st_size if part.exists() else 0
-        ask = {"Accept-Encoding": "identity"}
-        if have and known[0] == url:
-            ask |= {"Range": f"bytes={have}-"} | ({"If-Range": known[1]} if known[1] else {})
-        try:
-            with requests.get(url, headers=ask, stream=True, timeout=(3, 30)) as reply:
-                met, code, head = True, reply.status_code, reply.headers
-                tag, size = head.get("ETag") or head.get("Last-Modified", ""), head.get("Content-Length", "")
-                span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", head.get("Content-Range", ""))
-                if code == 206 and span and [span[1], url, tag or known[1], span[2]] == [str(have), *known]:
-                    size = span[2]                                              # the rest of the very same file
-                elif code == 200:                                               # a file from its start
-                    part.unlink(missing_ok=True)
-                    have = notes.truncate(0)
-                    notes.write(f"{url}\n{tag}\n{size}")
-                    notes.flush()
-                elif code in (206, 416):                                        # the rest of some other file
-                    part.unlink(missing_ok=True)
-                    raise requests.ConnectionError("the file changed meanwhile")
-                elif code == 429 or code >= 500:                                # it may think better of it
-                    raise requests.ConnectionError(f"it answers {code} {reply.reason}")
-                else:
-                    raise ProcoError(f"{host} answers {code} {reply.reason}")
-                bar = progress(None, f"1 data: {path.name}", total=int(size or 0) or None, initial=have, unit="B",
-                               unit_scale=True)
-                with bar, open(part, "ab") as file:
-                    for chunk in reply.iter_content(1 << 16):
-                        if not have and not chunk.startswith(b"\x89HDF\r\n\x1a\n"):
-                            raise ProcoError(f"{host} sends {'a web page' if b'<' in chunk[:99] else 'no HDF5 file'}")
-                        have += file.write(chunk)
-                        bar.update(len(chunk))
-            if size and have != int(size):
-                raise requests.ConnectionError(f"{have} bytes came of {size}")
-            if is_hdf5(part):
-                return os.replace(part, path)
-            part.unlink()
-            raise ProcoError(f"{host} sends a file that is cut off or no HDF5")
-        except requests.RequestException as error:
-            if not met:
-                raise ProcoError(f"{host} can't be reached") from None
-            tries, best, why = 0 if have > best else tries + 1, max(best, have), error
-    raise ProcoError(f"{host} broke off five times without a new byte ({why})")
-
-
-def fetch_dsrl(name, cache_dir=None, base_url=None):
-    """The path of DSRL's data of a task in cache_dir, else DSRL_DATASET_DIR, else ~/.dsrl/datasets. What is not there
-    whole is downloaded, from base_url, else the live mirror, then DSRL's own host; one process does, others wait.
-    Raises ProcoError, with what else can be done, where no file can be had."""
-    urls = dsrl_infos().get("DATASET_URLS", {})
-    if name not in urls:
-        what = f"DSRL has no data of {name}" if urls else "the package dsrl, which names DSRL's files, is not installed"
-        raise ProcoError(f"{what}; use --data driver or --data FILE.hdf5")
-    own, file = urls[name].rsplit("/", 1)
-    folder = Path(cache_dir or os.environ.get("DSRL_DATASET_DIR") or "~/.dsrl/datasets").expanduser()
-    path, reasons = folder / file, []
-    if is_hdf5(path):
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f".{file}.lock", "a+") as notes:
-            with contextlib.suppress(ImportError, OSError):                     # Windows and some disks have no locks
-                import fcntl
-                fcntl.flock(notes, fcntl.LOCK_EX)                               # gone with its owner, however that ends
-            if is_hdf5(path):                                                   # another run has just fetched it
-                return path
-            if path.exists():
-                warn(f"{path} is cut off or no HDF5; it is fetched again")
-            for base in [base_url] if base_url else [MIRROR, own]:
-                try:
-                    download(f"{base.rstrip('/')}/{file}", path, notes)
-                    return path
-                except ProcoError as error:
-                    reasons.append(str(error))
-    except OSError as error:
-        raise ProcoError(f"can't write {path}: {error.strerror or error}; check the folder and the disk") from None
-    raise ProcoError(f"{file} can't be fetched ({', '.join(reasons)}); try again later, download it by hand from "
-                     f"{base_url or MIRROR} into {folder}, or use --data driver or --data FILE.hdf5")
 
 
 def find_data(cfg):
@@ -648,7 +567,7 @@ class Dynamics(nn.Module):
         not show: kinds whose predicted deviation is more than half of how far they usually move (gremlins)."""
         size, lidars = len(self.task.sensors), self.task.lidars
         delta, _, maps, blur = self(state, action, self.elites)
-        # sensors stay within what was recorded: a roll-out must not invent speeds
+        # sensors stay near what was recorded: a roll-out must not invent speeds
         parts = [(state[..., :size] + self.change * delta).clamp(self.low, self.high)]
         for n, lidar in enumerate(lidars):
             xy = state[..., lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))           # (B, N, 2)
@@ -666,17 +585,17 @@ class Dynamics(nn.Module):
         maps depend on sensors and action alone, things are moved once, by the product of the maps."""
         size, lidars = len(self.task.sensors), self.task.lidars
         sensors, scale, best = state[:, :size], self.shift[:, None, None], int(self.elites[0])
-        linear = torch.eye(2, device=state.device).expand(len(state), self.kinds, 2, 2)
-        offset = state.new_zeros(len(state), self.kinds, 2, 1)
+        whole = torch.eye(2, 3, device=state.device).expand(len(state), self.kinds, 2, 3)           # x -> whole (x, 1)
         for _ in range(steps):
             delta, maps, _ = self.means(sensors, action, slice(best, best + 1))
             sensors, maps = (sensors + self.change * delta[0]).clamp(self.low, self.high), scale * maps[0]
-            linear, offset = linear + maps[..., :2] @ linear, offset + maps[..., :2] @ offset + maps[..., 2:]
+            whole = whole + maps[..., :2] @ whole
+            whole[..., 2] += maps[..., 2]
         parts = [sensors]
         for n, lidar in enumerate(lidars):
             xy = state[:, lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))             # (B, N, 2)
             unseen = xy.norm(dim=-1, keepdim=True) > 0.999 * lidar.reach
-            parts.append(torch.where(unseen, xy, xy @ linear[:, n].mT + offset[:, n].mT).flatten(-2))
+            parts.append(torch.where(unseen, xy, xy @ whole[:, n, :, :2].mT + whole[:, n, None, :, 2]).flatten(-2))
         return nearest_first(torch.cat(parts, -1), self.task)
 
     def foreseen(self, state):
@@ -761,7 +680,9 @@ def train_dynamics(data, task, cfg, generator):
     # a constant field says nothing: its scale of 1 keeps its change at 0 instead of dividing noise by noise
     model.mean, model.std = sensors.mean(0), torch.where(sensors.std(0) > 1e-5, sensors.std(0), 1)
     model.change = torch.where(change.std(0) > 1e-6, change.std(0), 1)
-    reach = 0.05 * (sensors.amax(0) - sensors.amin(0))
+    # ASSUMED: a roll-out may leave what was recorded by half its range. With a twentieth the double integrator's model
+    # braked at speeds above the recorded 1.3 m/s as if they were 1.3, and missed a sixth of what is doomed.
+    reach = 0.5 * (sensors.amax(0) - sensors.amin(0))
     model.low, model.high = sensors.amin(0) - reach, sensors.amax(0) + reach
     model.shift = torch.stack([delta[:, mine][trusted[:, mine]].square().mean().sqrt().clamp(min=1e-3)
                                for mine in object_slices(task)]) if task.lidars else model.shift
@@ -797,7 +718,7 @@ def train_dynamics(data, task, cfg, generator):
     model.elites = best.argsort()[:max(1, round(cfg.ensemble * 2 / 3))]
     # ASSUMED: a roll-out is believed as long as the elites differ by at most three times what is usual on real states
     if len(model.elites) > 1:
-        model.limit = 3 * model.disagreement(model.step(state[test], action[test])).quantile(0.99)
+        model.limit = (3 * model.disagreement(model.step(state[test], action[test])).quantile(0.99)).clamp(min=0.5)
     return model.requires_grad_(False)
 
 
@@ -849,6 +770,32 @@ def load_cost(name):
         return compile_cost((HERE / "llm_costs" / f"{name}.py").read_text(), name)
     except OSError:
         raise CostError(f"there is no cost predicate for {name}: write one with --write-cost") from None
+
+
+def oracle_cost(task):
+    """The simulator's own rule, read off states, in place of the language model's: --cost oracle, an ablation.
+
+    The same interface as load_cost's. Raises ProcoError where the rule needs what no observation shows (buttons and
+    gremlins have corners, vases slide, pillars collide) or where states are raw bins."""
+    kind = task.name.removeprefix("Point").removeprefix("Car")
+    if kind not in ("Goal1", "Push1", "Circle1", "Circle2", *SPEEDS) or (kind not in SPEEDS and not task.lidars):
+        raise ProcoError(f"--cost oracle is not defined for {task.name}: only for Goal1, Push1, Circle and velocity tasks, "
+                         "without --raw-obs")
+    start = {lidar.name: lidar.start for lidar in task.lidars}
+
+    def cost(obs, action, next_obs, margin=0.0):
+        if kind in SPEEDS:                      # of the body over the step, taken from its two ends
+            limit, columns = SPEEDS[kind]
+            return (((obs + next_obs)[..., columns] / 2).norm(dim=-1) > limit - margin).float() if len(columns) > 1 else \
+                ((obs + next_obs)[..., columns[0]] / 2 > limit - margin).float()
+        if "hazards" in start:
+            return (3 * (1 - next_obs[..., start["hazards"]:start["hazards"] + BINS].amax(-1)) <= 0.2 + margin).float()
+        bins = next_obs[..., start["circle"]:start["circle"] + BINS]
+        centre = torch.as_tensor(locate(bins.cpu().numpy(), 6.0, 1), device=bins.device)[..., 0, :]
+        sin, cos = F.normalize(next_obs[..., 9:11], dim=-1).neg().unbind(-1)                      # of the yaw
+        place = torch.stack([cos * centre[..., 0] - sin * centre[..., 1], sin * centre[..., 0] + cos * centre[..., 1]], -1)
+        return (place[..., :int(kind[-1])].abs().amax(-1) > 1.125 - margin).float()
+    return cost
 
 
 def compile_cost(text, name, data=None):
@@ -1010,7 +957,8 @@ class Agent(nn.Module):
 
     def __init__(self, task, cfg, data=None):
         super().__init__()
-        self.task, self.method, self.eps, self.candidates, self.gamma = task, cfg.method, cfg.eps, cfg.candidates, cfg.gamma
+        self.task, self.eps, self.gamma = task, cfg.eps, cfg.gamma
+        self.candidates = cfg.candidates if cfg.counterfactual or cfg.algorithm == "fisor" else 0
         size, hidden = len(task.sensors), cfg.hidden
         sensors = data["state"][:, :size] if data else torch.ones(2, size)
         std = sensors.std(0)
@@ -1062,7 +1010,7 @@ class Agent(nn.Module):
         candidates the nearest to the proposal among those with Q_f <= eps; if there is none, the one with the least Q_c.
         Choosing by Q_r instead finds its errors: it fell from 48 to 15 on PointCircle1."""
         proposal, count = self.propose(state), self.candidates if count is None else count
-        if self.method != "proco" or count == 0:
+        if count == 0:
             return proposal
         generator = generator or torch.Generator(state.device).manual_seed(0)
         options = candidate_actions(proposal, count, generator)                                   # (M, B, A)
@@ -1112,15 +1060,26 @@ class Agent(nn.Module):
         planned = first.view(-1, batch, size)[best, torch.arange(batch, device=state.device)]
         return torch.where(score[:, None] > -math.inf, planned, self.choose(state))
 
+    @property
+    def plans(self):
+        """Whether acting looks ahead: with a model, decisions to look, and candidates."""
+        return bool(self.model is not None and self.look_ahead and self.candidates)
+
     def _state(self, obs):
         return torch.as_tensor(encode(np.asarray(obs), self.task), device=self.mean.device)
 
     @torch.no_grad()
-    def act(self, obs):
-        """Actions for observations: obs (B, O) -> (B, A), a float32 array in [-1, 1]."""
-        state = self._state(obs)
-        planning = self.model is not None and self.look_ahead and self.candidates
-        return (self.imagine(self.model, state) if planning else self.choose(state)).cpu().numpy()
+    def act(self, obs, held=None):
+        """Actions for observations: obs (B, O) -> (B, A), a float32 array in [-1, 1]. held (B, A): the decisions under
+        way, which stay where Q_f still calls them feasible; a decision is meant for task.repeat steps."""
+        state, decide = self._state(obs), functools.partial(self.imagine, self.model) if self.plans else self.choose
+        if held is None:
+            return decide(state).cpu().numpy()
+        action = torch.as_tensor(held, device=state.device).clone()
+        revise = self.danger(state, action)[:, 0] > self.eps
+        if revise.any():
+            action[revise] = decide(state[revise])
+        return action.cpu().numpy()
 
     @torch.no_grad()
     def feasibility(self, obs):
@@ -1145,9 +1104,11 @@ def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator)
     """How far Q and V are from what they should be, on rows of D and D_cf; cost (B, k) is that of the k steps which the
     decision lasts. # FORK: other safety critics go here.
 
+        V(s')     <- min over candidates a' of Q(s', a')
         Q_f(s, a) <- max(max_j gamma_f^j c^_j, gamma_f^k V_f(s'))         (Fisac et al. 2019; Zheng et al. 2024)
         Q_c(s, a) <- (1 - gamma_f) sum_j gamma_f^j c^_j + gamma_f^k V_c(s')
-        V(s)      <- min over candidates a of Q(s, a)
+
+    where Q learns from the minimum itself, not from the network V, which lags behind it and is for acting and reports.
 
     For k = 1 and c^ of 0 or 1 the first is FISOR's (1 - gamma_f) c^ + gamma_f max(c^, V_f(s')). Outputs are linear and
     targets clamped to [0, 1]: a sigmoid that starts low hardly ever rises.
@@ -1157,61 +1118,109 @@ def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator)
     with torch.no_grad():
         weight = gamma_f ** torch.arange(cost.shape[-1], device=cost.device)                      # (k,)
         now = torch.stack([(weight * cost).amax(-1), (1 - gamma_f) * (weight * cost).sum(-1)], -1)
-        later = gamma_f ** cost.shape[-1] * agent.v_s(agent.features(next_state))[0].clamp(0, 1)
+        options = candidate_actions(agent.propose(next_state), 5, generator)
+        least = agent.danger(next_state, options).amin(0).clamp(0, 1)                             # (B, 2)
+        later = gamma_f ** cost.shape[-1] * least
         target = torch.stack([torch.maximum(now[:, 0], later[:, 0]), now[:, 1] + later[:, 1]], -1)    # (B, 2)
-        options = candidate_actions(agent.propose(state), 5, generator)
-        least = agent.danger(state, options).amin(0).clamp(0, 1)                                  # (B, 2)
-    features = agent.features(state)
-    q = agent.q_s(torch.cat([features, action], -1))                                              # (2, B, 2)
-    v = agent.v_s(features)[0]
+    q = agent.q_s(torch.cat([agent.features(state), action], -1))                                 # (2, B, 2)
+    v = agent.v_s(agent.features(next_state))[0]
     return (q - target).square().mean() * 2 + (v - least).square().mean()
 
 
-# ==== 6. Policy: Lagrangian TD3+BC on D and D_cf =====================================================================
+# ==== 6. Policy: an offline algorithm, on D and, with PROCO, on D_cf ==================================================
+
+CPQ_LIMIT = 0.1         # ASSUMED: Q_c, in [0, 1], above which CPQ calls an action unsafe: a tenth of its future in danger
 
 
-def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, generator):
-    """TD3's twin critics (Fujimoto et al. 2018) on D, with smoothed target actions; reward and done (B,)."""
+def with_counterfactuals(agent, d, cf):
+    """What PROCO adds to an algorithm, all in one place: beside rows of D, rows of D_cf with the conservative cost.
+
+    d, cf: dicts of state, action, next_state, cost (B, .); cf None for an algorithm alone. -> the same rows with
+    driver (B, A), what somebody sensible did there, and trust (B,), how far to follow that. On D_cf, where nobody
+    drove, the cloned policy stands in at half the weight (ASSUMED). Without it the actor follows Q_r's errors where there
+    is no record: PointCircle1 fell from 48 to 32."""
+    rows = dict(d, driver=d["action"], trust=torch.ones_like(d["action"][:, 0]))
+    if cf is None:
+        return rows
+    driver = torch.tanh(agent.clone(agent.features(cf["state"]))[0]).detach()
+    cf = dict(cf, driver=driver, trust=torch.full_like(driver[:, 0], 0.5))
+    return {key: torch.cat([rows[key], cf[key]]) for key in cf}
+
+
+def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, generator, limit=None):
+    """TD3's twin critics (Fujimoto et al. 2018) on D, with smoothed target actions; reward and done (B,). CPQ (Xu et al.
+    2022) counts what follows only where the next action's Q_c is within a limit."""
     with torch.no_grad():
         noise = 0.2 * torch.randn(action.shape, generator=generator, device=action.device)
         following = (agent.propose(next_state) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
         worst = agent.q_r_slow(torch.cat([agent.features(next_state), following], -1)).amin(0)[:, 0]
+        if limit is not None:
+            worst = worst * (agent.danger(next_state, following)[..., 1] <= limit)
         target = reward + gamma * (1 - done) * worst
     return (agent.q_r(torch.cat([agent.features(state), action], -1))[..., 0] - target).square().mean() * 2
 
 
-def actor_loss(agent, state, action, cf_state, cfg):
-    """Lagrangian TD3+BC (Fujimoto and Gu 2021): rows of D, state and action, and rows of D_cf, cf_state.
+def penalty(agent, state, driver, generator):
+    """CPQ's penalised cost critic: Q_c of actions that nobody takes is pushed up. # DEVIATION: far from the driver's action
+    is what CPQ measures with a variational auto-encoder."""
+    action = 2 * torch.rand(driver.shape, generator=generator, device=driver.device) - 1
+    unusual = ((action - driver).square().mean(-1) > 0.25).float()
+    q_c = agent.q_s(torch.cat([agent.features(state), action], -1))[..., 1]                       # (2, B)
+    return 0.1 * (unusual * (1 - q_c).clamp(min=0)).mean()
+
+
+def actor_loss(agent, rows, cfg):
+    """The actor's loss of an algorithm -> (loss, mean violation of the Lagrangian's constraint or None). rows:
+    with_counterfactuals'. # FORK: another algorithm is another function here."""
+    features = agent.features(rows["state"])
+    pi = torch.tanh(agent.actor(features)[0])
+    q_r = agent.q_r(torch.cat([features, pi], -1))[0, :, 0]
+    agent.q_scale.copy_(q_r[rows["trust"] == 1].abs().mean().detach().clamp(min=1e-6))            # on D
+    clone = rows["trust"] * (pi - rows["driver"]).square().mean(-1)
+    gain = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone                                       # TD3+BC
+    if cfg.algorithm == "td3bc":
+        return gain.mean(), None
+    losses = {"td3bc-lag": lagrangian_loss, "fisor": fisor_loss, "cpq": cpq_loss}
+    return losses[cfg.algorithm](agent, rows, features, pi, gain, clone, cfg)
+
+
+def lagrangian_loss(agent, rows, features, pi, gain, clone, cfg):
+    """Lagrangian TD3+BC (Fujimoto and Gu 2021).
 
         feasible states:    - Q_r / |Q_r| + bc_weight (pi - a)^2 + lam max(Q_f(s, pi) - eps, 0)
         infeasible states:  Q_c(s, pi), the way back
 
-    On D_cf, where nobody drove, the cloned policy stands in for the driver, at half the weight (ASSUMED). Without it the
-    actor follows Q_r's errors where there is no record: PointCircle1 fell from 48 to 32.
     # DEVIATION: the constraint is a hinge. With Q_f - eps itself, the many states that satisfy it pay for the few that
-    break it: lambda fell to zero and the bare actor crashed. -> loss, mean violation. # FORK: another objective."""
-    features = agent.features(state)
-    pi = torch.tanh(agent.actor(features)[0])
-    clone = (pi - action).square().mean(-1)
-    if cfg.method == "bc":
-        return clone.mean(), None
-    q_r = agent.q_r(torch.cat([features, pi], -1))[0, :, 0]
-    agent.q_scale.copy_(q_r.abs().mean().detach().clamp(min=1e-6))
-    gain = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone
-    if cfg.method == "td3bc":
-        return gain.mean(), None
-    cf_features = agent.features(cf_state)
-    cf_pi = torch.tanh(agent.actor(cf_features)[0])
-    cf_q = agent.q_r(torch.cat([cf_features, cf_pi], -1))[0, :, 0]
-    cf_clone = (cf_pi - torch.tanh(agent.clone(cf_features)[0]).detach()).square().mean(-1)
-    gain = torch.cat([gain, -cf_q / agent.q_scale + cfg.bc_weight * cf_clone])        # (D, D_cf)
-    every, actions = torch.cat([features, cf_features]), torch.cat([pi, cf_pi])
-    q_f, q_c = agent.q_s(torch.cat([every, actions], -1)).amax(0).unbind(-1)
-    feasible = (agent.v_s(every)[0, :, 0] <= agent.eps).detach()
+    break it: lambda fell to zero and the bare actor crashed."""
+    q_f, q_c = agent.q_s(torch.cat([features, pi], -1)).amax(0).unbind(-1)
+    feasible = (agent.v_s(features)[0, :, 0] <= agent.eps).detach()
     violation = (q_f - agent.eps).clamp(min=0)
-    lam = agent.log_lam.exp().detach()
-    loss = torch.where(feasible, gain + lam * violation, 20 * q_c).mean()
+    loss = torch.where(feasible, gain + agent.log_lam.exp().detach() * violation, 20 * q_c).mean()
     return loss, (violation.detach() * feasible).sum() / feasible.sum().clamp(min=1)
+
+
+def fisor_loss(agent, rows, features, pi, gain, clone, cfg):
+    """FISOR (Zheng et al. 2024): regression on actions weighted by exp of their advantage.
+
+        feasible states:    exp(3 A_r / |Q_r|) 1[Q_f(s, a) <= eps] (pi - a)^2,    A_r = Q_r(s, a) - Q_r(s, pi)
+        infeasible states:  exp(20 (V_c(s) - Q_c(s, a))) (pi - a)^2
+
+    # DEVIATION: a deterministic actor instead of a diffusion model, A_r against the policy instead of an expectile."""
+    with torch.no_grad():
+        driven = torch.cat([features, rows["driver"]], -1)
+        better = (agent.q_r(driven).amin(0)[:, 0] - agent.q_r(torch.cat([features, pi], -1)).amin(0)[:, 0]) / agent.q_scale
+        weight = (3 * better).exp().clamp(max=20) * (agent.q_s(driven).amax(0)[:, 0] <= agent.eps)
+        v_f, v_c = agent.v_s(features)[0].unbind(-1)
+        back = (20 * (v_c - agent.q_s(torch.cat([features, rows["action"]], -1)).amax(0)[:, 1])).exp().clamp(max=20)
+    return torch.where(v_f <= agent.eps, weight * clone, back * (pi - rows["action"]).square().mean(-1)).mean(), None
+
+
+def cpq_loss(agent, rows, features, pi, gain, clone, cfg):
+    """CPQ (Xu et al. 2022): - 1[Q_c(s, pi) <= limit] Q_r / |Q_r|. # DEVIATION: with the cloning term of TD3+BC, as a
+    deterministic actor without it leaves the data at once."""
+    allowed = agent.q_s(torch.cat([features, pi], -1)).amax(0)[:, 1].detach() <= CPQ_LIMIT
+    cloning = 2 * cfg.bc_weight * clone
+    return torch.where(allowed, gain, cloning).mean(), None
 
 
 def dual_step(agent, violation, tolerance=0.003):
@@ -1242,10 +1251,13 @@ def drive(agent, name, seeds, act=None):
     obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
     rows = [SimpleNamespace(seed=int(seed), ret=0.0, cost=0.0, length=0, obs=[], costs=[], actions=[], path=[],
                             dangers=seen_from_above(env)[1]) for seed, env in zip(seeds, envs)]
-    alive = list(range(len(envs)))
+    # DEVIATION: with look-ahead an action is a decision, kept for as long as decisions last in training unless Q_f revises
+    # it. Deciding anew at each step, an agent changes its mind: PointGoal1 fell from 21.1 to 15.5, both without cost.
+    alive, actions, t = list(range(len(envs))), np.zeros((len(envs), agent.task.act_dim), np.float32), 0
+    every = agent.task.repeat if agent.plans and not act else 1
     while alive:
-        actions, going = (act or agent.act)(obs[alive]), []
-        for i, action in zip(alive, actions):
+        actions[alive], going, t = (act or agent.act)(obs[alive], *[actions[alive]] * (t % every > 0)), [], t + 1
+        for i, action in zip(alive, actions[alive]):
             rows[i].obs.append(obs[i].astype(np.float32))
             rows[i].actions.append(action)
             obs[i], reward, cost, terminated, truncated, _ = envs[i].step(action)
@@ -1358,15 +1370,15 @@ def adam(*nets, rate=3e-4):
 
 
 def descend(optimiser, loss):
-    """One gradient step."""
+    """One gradient step; gradients of other networks that the loss passes through are not computed."""
     optimiser.zero_grad()
-    loss.backward()
+    loss.backward(inputs=optimiser.param_groups[0]["params"])
     optimiser.step()
 
 
-def decisions(data, task, gamma, margin):
+def decisions(data, task, gamma, margin=None):
     """D in decisions that last k = task.repeat steps: every stretch of k recorded steps within an episode, with the mean
-    action, the discounted reward and the cost of each step (B, k).
+    action, the discounted reward and the cost of each step (B, k): with a margin the conservative one, else as recorded.
 
     # DEVIATION: a control step of 0.02 s changes next to nothing, so the values of its actions differ by less than a
     network's error, and 25 steps of bootstrapping lie between a danger and the last chance to brake."""
@@ -1377,7 +1389,7 @@ def decisions(data, task, gamma, margin):
     return dict(state=data["state"][first], action=data["action"][rows].mean(1), danger=danger.amin(1),
                 next_state=data["next_state"][rows[:, -1]],
                 reward=(weight * data["reward"][rows]).sum(1), done=data["done"][rows].amax(1),
-                cost=(danger <= margin).float())
+                cost=(data["cost"][rows] > 0 if margin is None else danger <= margin).float())
 
 
 class Learner:
@@ -1394,9 +1406,9 @@ class Learner:
         self.step, self.cf, self.snapshots, self.metrics = 0, None, [], []
         count = lambda updates: max(1, round(updates * cfg.scale))
         self.clone_updates = count(cfg.clone_updates)
-        self.alone = count(cfg.feasibility_updates) if cfg.method == "proco" else 0
+        self.alone = count(cfg.feasibility_updates) if cfg.counterfactual else 0
         self.updates = 0 if cfg.method == "bc" else self.alone + count(cfg.updates)
-        self.data = data = decisions(data, task, cfg.gamma, margin)
+        self.data = data = decisions(data, task, cfg.gamma, margin if cfg.counterfactual else None)
         self.near = data["danger"].argsort()[:max(1, len(data["danger"]) // 4)]
         data["reward"] = data["reward"] / data["reward"].std().clamp(min=1e-6)
 
@@ -1427,6 +1439,9 @@ class Learner:
         starts, half = data["state"][rows], count // 2
         if self.task.lidars:
             starts[:half] = displaced(starts[:half], self.task, self.generator)
+        elif self.task.state_dim == 2:          # a plane can be covered as far as the record goes
+            low, high = data["state"].amin(0), data["state"].amax(0)
+            starts[:half] = low + (high - low) * torch.rand(starts[:half].shape, generator=self.generator, device=low.device)
         elif self.cf:
             starts[:half] = self.cf["state"][self.draw(half, len(self.cf["state"]))]
         starts = starts[torch.randperm(count, generator=self.generator, device=rows.device)]
@@ -1449,34 +1464,40 @@ class Learner:
     def update(self):
         """One update: safety critics, which learn alone at first (a policy that learns beside an unripe Q_f finds its
         errors and keeps them); then, every second time, reward critics, actor and multiplier (TD3)."""
-        cfg, agent, step, logs = self.cfg, self.agent, self.step - self.clone_updates, {}
-        with_model = cfg.method == "proco"
-        if with_model and step % math.ceil(self.updates / ROUNDS) == 0:
-            self.roll_out()
+        cfg, agent, step, logs, cf = self.cfg, self.agent, self.step - self.clone_updates, {}, None
+        if cfg.counterfactual and cfg.horizon:
+            if step % math.ceil(self.updates / ROUNDS) == 0:
+                self.roll_out()
+            cf = self.sample_cf(cfg.batch)
         for name, optimiser in self.optimisers.items():                 # constant, then falling to nothing
             optimiser.param_groups[0]["lr"] = self.rates[name] * min(1, 2 * (1 - step / self.updates))
-        rows = self.draw(cfg.batch, len(self.data["state"]))
-        d = {key: values[rows] for key, values in self.data.items()}
-        if with_model:
-            cf, half = self.sample_cf(cfg.batch), cfg.batch // 2
-            mixed = (torch.cat([d[key][:half], cf[key]]) for key in ("state", "action", "next_state", "cost"))
-            loss = feasibility_loss(agent, *mixed, cfg.gamma_f, self.generator)
-            descend(self.optimisers["safety"], loss)
+        chosen = self.draw(cfg.batch, len(self.data["state"]))
+        d = {key: values[chosen] for key, values in self.data.items()}
+        rows = with_counterfactuals(agent, {key: d[key] for key in ("state", "action", "next_state", "cost")}, cf)
+        if cfg.algorithm != "td3bc":
+            mostly = slice(cfg.batch // 2 if cf else 0, None)           # half as many rows of D as of D_cf
+            loss = feasibility_loss(agent, *(rows[key][mostly] for key in ("state", "action", "next_state", "cost")),
+                                    cfg.gamma_f, self.generator)
             logs["feasibility_loss"] = loss.detach()
+            if cfg.algorithm == "cpq":
+                loss = loss + penalty(agent, d["state"], d["action"], self.generator)
+            descend(self.optimisers["safety"], loss)
         if step % 2 == 0 and step >= self.alone:
             loss = reward_critic_loss(agent, *(d[key] for key in ("state", "action", "reward", "next_state", "done")),
-                                      cfg.gamma ** self.task.repeat, self.generator)
+                                      cfg.gamma ** self.task.repeat, self.generator,
+                                      CPQ_LIMIT if cfg.algorithm == "cpq" else None)
             descend(self.optimisers["q_r"], loss)
             torch._foreach_lerp_(list(agent.q_r_slow.parameters()), [p.data for p in agent.q_r.parameters()], 0.02)
             logs["reward_loss"] = loss.detach()
-            loss, violation = actor_loss(agent, d["state"], d["action"], cf["state"] if with_model else None, cfg)
+            loss, violation = actor_loss(agent, rows, cfg)
             descend(self.optimisers["actor"], loss)
             logs["actor_loss"] = loss.detach()
-            if with_model:
+            if violation is not None:
                 dual_step(agent, violation)
+                logs |= dict(lam=agent.log_lam.exp().clone(), violation=violation)
+            if cfg.counterfactual:
                 with torch.no_grad():
-                    infeasible = (agent.v_s(agent.features(d["state"]))[0, :, 0] > agent.eps).float().mean()
-                logs |= dict(lam=agent.log_lam.exp().clone(), violation=violation, infeasible_share=infeasible)
+                    logs["infeasible_share"] = (agent.v_s(agent.features(d["state"]))[0, :, 0] > agent.eps).float().mean()
         return logs
 
     def state(self):
@@ -1524,7 +1545,7 @@ def train(cfg, task, data, cost, folder, resume):
             raise ProcoError(f"{path} was trained with other settings ({', '.join(differs)}); use another --out")
     torch.manual_seed(cfg.seed)                 # weights; everything else is drawn from generators of its own
     start, model, report, margin = time.time(), None, {}, cfg.margin
-    if cfg.method == "proco":
+    if cfg.counterfactual:
         if saved:
             model = load_dynamics(saved["model"], task, cfg).to(data["state"].device)
             report, margin, seconds = saved["report"], saved["margin"], saved["seconds"]
@@ -1643,17 +1664,23 @@ def versions():
     return dict(python=sys.version.split()[0], **{name: installed.get(name) for name in names})
 
 
+def run_folder(cfg):
+    """Where a run is kept."""
+    return Path(cfg.out) / cfg.task / cfg.method / f"seed{cfg.seed}"
+
+
 def run(cfg, resume=False):
     """Everything, from data to results -> the content of results.json."""
     WARNINGS.clear()
     begin, task = time.time(), get_task(cfg.task, cfg.raw_obs)
     for name, low, high in (("scale", 0, 1e6), ("eps", 0, 1), ("gamma_f", 0, 1), ("gamma", 0, 1.000001),
-                            ("horizon", 0, 1e4), ("ensemble", 0, 100), ("hidden", 1, 1e5), ("batch", 1, 1e6),
+                            ("horizon", -1, 1e4), ("ensemble", 0, 100), ("hidden", 1, 1e5), ("batch", 1, 1e6),
                             ("driver_episodes", 1, 1e6), ("eval_episodes", 0, 1e6)):
         if not low < getattr(cfg, name) < high:
             raise ProcoError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {low} < value < {high:g}")
-    if cfg.method not in METHODS:
-        raise ProcoError(f"there is no method called {cfg.method!r}; there are {', '.join(METHODS)}")
+    for name, known in (("method", METHODS), ("cost", ("llm", "oracle"))):
+        if getattr(cfg, name) not in known:
+            raise ProcoError(f"there is no {name} called {getattr(cfg, name)!r}; there are {', '.join(known)}")
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "cpu")
     if cfg.device not in ("auto", device.type):
         raise ProcoError(f"there is no device {cfg.device!r} here; leave --device out, or say cpu" +
@@ -1661,10 +1688,10 @@ def run(cfg, resume=False):
     installed = versions()
     if cfg.task != "DoubleIntegrator" and (installed["mujoco"] or "").startswith("3"):
         warn(f"mujoco {installed['mujoco']} drives other paths than the 2.3 of the DSRL data and of published scores")
-    folder = Path(cfg.out) / cfg.task / cfg.method / f"seed{cfg.seed}"
+    folder = run_folder(cfg)
     with whole(folder / "config.json") as part:
         part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-    cost = load_cost(cfg.task)
+    cost = oracle_cost(task) if cfg.cost == "oracle" else load_cost(cfg.task)
     source, path = find_data(cfg)
     arrays, facts = load_data(path, task, cfg.max_episode_cost)
     print(f"1 data: {source} {path}: {facts['episodes']} of {facts['of_episodes']} episodes kept, {facts['transitions']} "
@@ -1672,7 +1699,7 @@ def run(cfg, resume=False):
     data = to_device(arrays, task, cost, device)
     seconds = dict(data=time.time() - begin)
     learner, trained, dynamics = train(cfg, task, data, cost, folder, resume)
-    if cfg.method == "proco":
+    if cfg.counterfactual:
         print(f"   warning time: V_f = {cfg.gamma_f:g}^k says a violation in k steps can't be avoided; eps = {cfg.eps:g} "
               f"warns {math.log(cfg.eps) / math.log(cfg.gamma_f):.0f} steps ahead")
     write_table(folder / "metrics.csv", learner.metrics)
@@ -1717,152 +1744,65 @@ def diagnose(folder, episodes=20):
         print(f"   {k:2d}  {value:.4f}     {gap:.4f}   {share:.2%}")
 
 
-@torch.no_grad()
-def feasibility_map(agent, axes, motion, title):
-    """Draws V_f over the places where the agent could be, at a given motion of its own, the dangers it sees, and the
-    boundary V_f = eps. For the double integrator the plane is (x, v) and the exact boundary is drawn over it."""
-    import matplotlib.pyplot as plt
-    task = agent.task
-    if task.name == "DoubleIntegrator":
-        x, v = np.meshgrid(np.linspace(-1, 1, 201), np.linspace(-0.5, 2, 126))
-        state, doomed = np.stack([x, v], -1).reshape(-1, 2), double_integrator_doomed(x, v)
-        axes.contour(x, v, doomed, [0.5], colors="k", linestyles="--")
-        axes.plot([], [], "k--", label="true boundary")
-        axes.set(xlabel="position x, m (wall at 1)", ylabel="velocity v, m/s")
+SCORES = ("return", "cost", "violation_free", "normalized_return", "cost_at_10", "cost_at_20", "cost_at_40")
+
+
+def finished_run(cfg):
+    """The evaluation episodes of a run, from disk if it is there and else trained: (episodes, len(SCORES)). Raises
+    ProcoError where the run on disk was made with other settings."""
+    folder = run_folder(cfg)
+    if (folder / "results.json").exists():
+        made = json.loads((folder / "config.json").read_text())
+        differs = [key for key, value in dataclasses.asdict(cfg).items() if made.get(key) != value and key != "device"]
+        if differs:
+            raise ProcoError(f"{folder} was made with other settings ({', '.join(differs)}); use another --out")
     else:
-        x, v = np.meshgrid(np.linspace(-1.5, 1.5, 121), np.linspace(-1.5, 1.5, 121))
-        size, seen = len(task.sensors), agent._state(make_env(task.name).reset(seed=1)[0][None]).cpu()
-        place = torch.as_tensor(np.stack([x, v], -1), dtype=torch.float32).view(-1, 1, 2)
-        xy = seen[:, size:].unflatten(-1, (-1, 2)) - place
-        sensors = torch.cat([torch.tensor([motion]), seen[:, MOTION:size]], -1).expand(len(xy), -1)
-        state = nearest_first(torch.cat([sensors, xy.flatten(1)], -1), task)
-        for mine, lidar in zip(object_slices(task), task.lidars):
-            for at in seen[0, size:].unflatten(-1, (-1, 2))[mine]:
-                if at.norm() < 0.99 * lidar.reach and lidar.name != "circle":
-                    axes.add_patch(plt.Circle(at.tolist(), 0.2 if lidar.name == "hazards" else 0.1, fill=False, lw=1.5,
-                                              color="tab:cyan" if lidar.name == "goal" else "tab:orange", zorder=3))
-        axes.set(xlabel="body x: ahead of a Point, to the left of a Car; m", ylabel="body y, m", aspect="equal",
-                 xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
-    value = agent.v_s(agent.features(torch.as_tensor(state, dtype=torch.float32)))[0, :, 0].clamp(0, 1).view(x.shape)
-    mesh = axes.pcolormesh(x, v, value.numpy(), cmap="cividis", vmin=0, vmax=1, shading="auto", rasterized=True)
-    axes.contour(x, v, value.numpy(), [agent.eps], colors="white")
-    axes.plot([], [], color="white", label=f"V_f = eps = {agent.eps:g}")
-    axes.set_title(title)
-    axes.legend(loc="lower left", fontsize=8, facecolor="0.5")
-    return mesh
+        print(f"---- {folder}")
+        run(cfg, resume=True)
+    with open(folder / "episodes.csv") as file:
+        ret, cost = np.array([(float(row["return"]), float(row["cost"])) for row in csv.DictReader(file)]).T
+    normal = normalised(cfg.task, ret, cost)[0]
+    return np.stack([ret, cost, cost == 0, np.full_like(ret, np.nan) if normal is None else normal, cost / 10, cost / 20,
+                     cost / 40], -1)
 
 
-def keep_paths(folder, name, rows, agent):
-    """What report.png draws of the first evaluation episodes, into folder/paths.npz."""
-    kept, cost = {}, load_cost(name)
-    for n, row in enumerate(rows[:8]):
-        obs = np.stack(row.obs)
-        seen = torch.as_tensor(obs)
-        kept |= {f"path{n}": row.path, f"costs{n}": row.costs, f"dangers{n}": row.dangers,
-                 f"value{n}": agent.feasibility(obs), f"gap{n}": danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy()}
-    with whole(folder / "paths.npz") as part, open(part, "wb") as file:
-        np.savez_compressed(file, count=len(rows[:8]), **{key: np.asarray(value, np.float32) for key, value in kept.items()})
+def resampled(values, draws=2000):
+    """Bootstrap over seeds and, within each drawn seed, over episodes: values (K, episodes, m) -> means (draws, m)."""
+    rng, (seeds, episodes, _) = np.random.default_rng(0), values.shape
+    picked = rng.integers(seeds, size=(draws, seeds, 1)), rng.integers(episodes, size=(draws, seeds, episodes))
+    return values[picked].mean((1, 2))
 
 
-def panel_paths(axes, runs, n, name):
-    """Evaluation episode n seen from above, as each of `runs`, {method: what keep_paths kept}, drove it."""
-    import matplotlib.pyplot as plt
-    for (method, kept), style in zip(runs.items(), ("-", "--")):
-        path, bad = kept[f"path{n}"], kept[f"costs{n}"] > 0
-        axes.plot(*path.T, style, lw=1.2, color="C0" if style == "-" else "C1", label=f"{method}: cost {bad.sum()}")
-        axes.plot(*path[bad].T, "x", color="k", ms=4)
-        axes.plot(*path[0], "o", color="C0")
-    for x, y, radius in kept[f"dangers{n}"]:
-        axes.add_patch(plt.Circle((x, y), radius, color="tab:orange", alpha=0.5, lw=0))
-    if "Circle" in name:
-        for line in (axes.axvline, axes.axhline)[:int(name[-1])]:
-            line(-1.125, color="tab:orange"), line(1.125, color="tab:orange")
-    axes.set(title=f"evaluation episode {n + 1}: paths (x: violation)", xlabel="x, m", ylabel="y, m", aspect="equal")
-    axes.legend(fontsize=8, loc="upper right")
+def compare(configs):
+    """The table of several methods, tasks and seeds: trains what is missing, one run after the other, takes what is
+    finished from disk, and writes compare.csv, compare.md and compare.png into --out -> rows, a dict each.
 
-
-def panel_warning(axes, kept, eps, dt):
-    """V_f and the distance to danger up to the first violation that was kept, or else the nearest miss."""
-    firsts = [(int((kept[f"costs{n}"] > 0).argmax()), n) for n in range(kept["count"]) if kept[f"costs{n}"].any()]
-    end, n = min(firsts) if firsts else min((int(kept[f"gap{n}"].argmin()), n) for n in [
-        min(range(kept["count"]), key=lambda n: kept[f"gap{n}"].min())])
-    when = np.arange(max(0, end - 100), end + 1)
-    axes.plot((when - end) * dt, kept[f"value{n}"][when], "C0-", label="V_f")
-    axes.plot((when - end) * dt, kept[f"gap{n}"][when], "C1--", label="distance to danger (m, m/s)")
-    axes.axhline(eps, color="0.5", lw=0.8, label=f"eps = {eps:g}")
-    axes.set(xlabel="time before, s", ylim=(-0.02, 1.05),
-             title="up to the first violation" if firsts else "the nearest miss")
-    axes.locator_params(axis="x", nbins=5)
-    axes.legend(fontsize=8)
-
-
-def panel_training(axes, rows, title):
-    """The multiplier, the share of recorded states called infeasible, and the losses, over updates."""
-    for key, style in (("lam", "C0-"), ("infeasible_share", "C1--"), ("feasibility_loss", "C2:"), ("reward_loss", "C3-."),
-                       ("clone_loss", "C4-")):
-        points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
-        if points:
-            axes.semilogy(*zip(*points), style, label=key.replace("lam", "lambda").replace("_", " "))
-    axes.set(xlabel="update", title=title)
-    axes.locator_params(axis="x", nbins=5)
-    axes.legend(fontsize=8)
-
-
-def panel_dynamics(axes, blocks):
-    """The model's error after 1 and 15 open-loop steps as a share of what "nothing changes" errs."""
-    for at, (k, colour) in enumerate(((0, "C0"), (-1, "C1"))):
-        share = [row["error"][k] / max(row["nothing_changes"][k], 1e-9) for row in blocks.values()]
-        axes.bar(np.arange(len(blocks)) + 0.4 * at - 0.2, share, 0.4, color=colour, label=("1 step", "15 steps")[at])
-    axes.axhline(1, color="0.5", lw=0.8)
-    axes.set(title="model's error / that of 'nothing changes'", ylim=(0, 1.3))
-    axes.set_xticks(range(len(blocks)), blocks, rotation=20)
-    axes.legend(fontsize=8)
-
-
-def report(folder):
-    """Draws folder/report.png: where V_f says that safety can be kept, what was driven (beside bc, if its run is there),
-    how danger came near, how training went, how good the model is -> the path. Raises ProcoError without a whole run."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    folder, agent, panels = Path(folder), load_run(folder), []
-    saved, (task, method) = load_checkpoint(folder / "checkpoint.pt"), (agent.task, agent.method)
-    try:
-        with open(folder / "metrics.csv") as file:
-            rows = list(csv.DictReader(file))
-        runs = {}
-        for run in dict.fromkeys((folder, folder.parent.parent / "bc" / folder.name)):
-            if (run / "paths.npz").exists():
-                runs["bc" if run != folder else method] = dict(np.load(run / "paths.npz"))
-    except OSError as error:
-        raise ProcoError(f"{folder} is no finished run ({error.strerror}: {error.filename}); train first") from None
-    if method == "proco" and task.name == "DoubleIntegrator":
-        panels.append(lambda axes: feasibility_map(agent, axes, None, "feasibility value V_f"))
-    elif method == "proco" and task.lidars:
-        ahead = [1.0, 0.0, 0.0] if "Point" in task.name else [0.0, -0.7, 0.0]           # a Car's front is body -y
-        for words, motion in (("standing", [0.0] * 3), (f"driving {max(map(abs, ahead)):g} m/s", ahead)):
-            panels.append(functools.partial(feasibility_map, agent, motion=motion, title=f"feasibility value V_f {words}"))
-    if runs and task.lidars:
-        shown = range(min(2, *(int(kept["count"]) for kept in runs.values())))
-        panels += [functools.partial(panel_paths, runs=runs, n=n, name=task.name) for n in shown]
-    if method == "proco" and runs.get(method):
-        panels.append(lambda axes: panel_warning(axes, runs[method], agent.eps, task.dt))
-    panels.append(lambda axes: panel_training(axes, rows, f"{task.name}, {method}: training"))
-    if saved["report"]:
-        panels.append(lambda axes: panel_dynamics(axes, saved["report"]))
-    columns = math.ceil(len(panels) / 2)
-    figure, grid = plt.subplots(min(2, len(panels)), columns, figsize=(5 * columns, 4.4 * min(2, len(panels))),
-                                layout="constrained", squeeze=False)
-    for axes, panel in zip(grid.flat, panels):
-        mesh = panel(axes)
-        if mesh:
-            figure.colorbar(mesh, ax=axes, label="V_f: 0 safe, gamma_f^k doomed in k steps")
-    for axes in grid.flat[len(panels):]:
-        axes.set_axis_off()
-    with whole(folder / "report.png") as part:
-        figure.savefig(part, dpi=110, format="png")
-    plt.close(figure)
-    return folder / "report.png"
+    configs: {(task, method): [Config of each seed]}. Every value is a mean over seeds and episodes with its 95% bootstrap
+    interval; "all" is the mean over tasks. Normalised costs of at most 1 (safe at that limit) are bold in the Markdown."""
+    values = {key: np.stack([finished_run(cfg) for cfg in runs]) for key, runs in configs.items()}
+    means, draws = ({key: f(v) for key, v in values.items()} for f in (lambda v: v.mean((0, 1)), resampled))
+    tasks, methods = (list(dict.fromkeys(names)) for names in zip(*configs))
+    for method in methods if len(tasks) > 1 else ():
+        for table in (means, draws):
+            table["all", method] = np.mean([table[task, method] for task in tasks], 0)
+    rows, lines = [], ["| task | method | " + " | ".join(SCORES).replace("_", " ") + " |", "| --- " * (2 + len(SCORES)) + "|"]
+    for task, method in means:
+        low, high = np.percentile(draws[task, method], [2.5, 97.5], axis=0)
+        rows.append(dict(task=task, method=method, seeds=max(map(len, configs.values()))))
+        cells = []
+        for name, mean, a, b in zip(SCORES, means[task, method], low, high):
+            rows[-1] |= {name: mean, f"{name}_low": a, f"{name}_high": b}
+            digits = 2 if "norm" in name or "free" in name or "_at_" in name else 1
+            text = f"{mean:.{digits}f} [{a:.{digits}f}, {b:.{digits}f}]" if np.isfinite(mean) else "-"
+            cells.append(f"**{text}**" if "_at_" in name and mean <= 1 else text)
+        lines.append(f"| {task} | {method} | " + " | ".join(cells) + " |")
+    folder = Path(next(iter(configs.values()))[0].out)
+    write_table(folder / "compare.csv", rows)
+    with whole(folder / "compare.md") as part:
+        part.write_text("\n".join(lines) + "\n")
+    draw_comparison(rows, folder / "compare.png")
+    print("\n".join(lines), f"{folder}/compare.csv, .md and .png", sep="\n")
+    return rows
 
 
 def parse(argv):
@@ -1879,6 +1819,9 @@ def parse(argv):
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same settings was stopped")
     parser.add_argument("--diagnose", metavar="RUN", help="print what the run in folder RUN knows, and leave")
     parser.add_argument("--report", metavar="RUN", help="draw report.png of the run in folder RUN again, and leave")
+    parser.add_argument("--compare", metavar="M,M", help="train what is missing of these methods, print and draw a table")
+    parser.add_argument("--seeds", type=int, default=5, metavar="K", help="training seeds 0 to K - 1 of --compare (default: 5)")
+    parser.add_argument("--tasks", metavar="T,T", help="tasks of --compare (default: --task)")
     parser.add_argument("--write-cost", action="store_true", help="have a language model write the task's cost predicate")
     parser.add_argument("--llm-url", default=os.environ.get("PROCO_LLM_URL"), help="an OpenAI-compatible endpoint, "
                         "such as http://localhost:11434/v1 (default: the environment's PROCO_LLM_URL)")
@@ -1892,12 +1835,19 @@ def parse(argv):
 
 def main(argv=None):
     """The command line -> exit code: 0, or 2 with one sentence on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
     cfg, more = parse(argv)
     try:
         if more.diagnose:
             diagnose(more.diagnose, cfg.eval_episodes)
         elif more.report:
             print(report(more.report))
+        elif more.compare:
+            if more.seeds < 1:
+                raise ProcoError("--seeds has to be at least 1")
+            compare({(task, method): [parse([*argv, "--task", task, "--method", method, "--seed", str(seed)])[0]
+                                      for seed in range(more.seeds)]
+                     for task in (more.tasks or cfg.task).split(",") for method in more.compare.split(",")})
         elif more.write_cost:
             if not (more.llm_url and more.llm_model):
                 raise ProcoError("--write-cost needs --llm-url and --llm-model (or PROCO_LLM_URL and PROCO_LLM_MODEL)")

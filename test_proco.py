@@ -27,6 +27,7 @@ import pytest
 import torch
 
 import proco
+from llm_costs import fetch
 from proco import CostError, ProcoError, TASKS, compile_cost, fetch_dsrl, get_task, load_cost, prompt, write_cost
 
 torch.set_num_threads(1)
@@ -55,13 +56,13 @@ def at_home_nowhere(cache, monkeypatch):
     monkeypatch.setenv("DSRL_DATASET_DIR", str(cache / "dsrl"))
     for name in ("PROCO_LLM_URL", "PROCO_LLM_MODEL", "PROCO_LLM_KEY"):
         monkeypatch.delenv(name, raising=False)
-    fetch = proco.download
+    download = fetch.download
 
     def near(url, path, notes):                 # nor anything from the network: DSRL's files have gigabytes
         if "//127.0.0.1" not in url:
             raise ProcoError("no test goes out")
-        return fetch(url, path, notes)
-    monkeypatch.setattr(proco, "download", near)
+        return download(url, path, notes)
+    monkeypatch.setattr(fetch, "download", near)
 
 
 def gen(seed=0):
@@ -1858,7 +1859,7 @@ def server(tmp_path, monkeypatch):
     """Serves server.body, at most server.cut bytes before the line is cut; counts requests and bytes."""
     with h5py.File(tmp_path / "original.hdf5", "w") as file:
         file["observations"] = np.random.default_rng(0).normal(size=(4000, 88))
-    monkeypatch.setattr(proco.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -1988,8 +1989,8 @@ def test_a_half_written_file_in_the_cache_is_fetched_again(server, tmp_path):
 
 
 def test_the_own_host_is_asked_where_the_mirror_fails(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(proco, "MIRROR", "http://127.0.0.1:9/nobody")
-    monkeypatch.setattr(proco.runpy, "run_path", lambda path: dict(DATASET_URLS=dict(CarButton1=server.url + FILE)))
+    monkeypatch.setattr(fetch, "MIRROR", "http://127.0.0.1:9/nobody")
+    monkeypatch.setattr(fetch.runpy, "run_path", lambda path: dict(DATASET_URLS=dict(CarButton1=server.url + FILE)))
     assert fetch_dsrl("CarButton1", tmp_path / "cache").read_bytes() == server.body
 
 

@@ -1,0 +1,187 @@
+"""What a run looks like: report.png, and the figure of a comparison. No part of PROCO."""
+import csv
+import functools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import proco                                    # circular: what is used of it is looked up when it is used
+from llm_costs.language import ProcoError
+
+
+@torch.no_grad()
+def feasibility_map(agent, axes, motion, title):
+    """Draws V_f over the places where the agent could be, at a given motion of its own, the dangers it sees, and the
+    boundary V_f = eps. For the double integrator the plane is (x, v) and the exact boundary is drawn over it."""
+    import matplotlib.pyplot as plt
+    task = agent.task
+    if task.name == "DoubleIntegrator":
+        x, v = np.meshgrid(np.linspace(-1, 1, 201), np.linspace(-0.5, 2, 126))
+        state, doomed = np.stack([x, v], -1).reshape(-1, 2), proco.double_integrator_doomed(x, v)
+        axes.contour(x, v, doomed, [0.5], colors="k", linestyles="--")
+        axes.plot([], [], "k--", label="true boundary")
+        axes.set(xlabel="position x, m (wall at 1)", ylabel="velocity v, m/s")
+    else:
+        x, v = np.meshgrid(np.linspace(-1.5, 1.5, 121), np.linspace(-1.5, 1.5, 121))
+        size, seen = len(task.sensors), agent._state(proco.make_env(task.name).reset(seed=1)[0][None]).cpu()
+        place = torch.as_tensor(np.stack([x, v], -1), dtype=torch.float32).view(-1, 1, 2)
+        xy = seen[:, size:].unflatten(-1, (-1, 2)) - place
+        sensors = torch.cat([torch.tensor([motion]), seen[:, proco.MOTION:size]], -1).expand(len(xy), -1)
+        state = proco.nearest_first(torch.cat([sensors, xy.flatten(1)], -1), task)
+        for mine, lidar in zip(proco.object_slices(task), task.lidars):
+            for at in seen[0, size:].unflatten(-1, (-1, 2))[mine]:
+                if at.norm() < 0.99 * lidar.reach and lidar.name != "circle":
+                    axes.add_patch(plt.Circle(at.tolist(), 0.2 if lidar.name == "hazards" else 0.1, fill=False, lw=1.5,
+                                              color="tab:cyan" if lidar.name == "goal" else "tab:orange", zorder=3))
+        axes.set(xlabel="body x: ahead of a Point, to the left of a Car; m", ylabel="body y, m", aspect="equal",
+                 xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+    value = agent.v_s(agent.features(torch.as_tensor(state, dtype=torch.float32)))[0, :, 0].clamp(0, 1).view(x.shape)
+    mesh = axes.pcolormesh(x, v, value.numpy(), cmap="cividis", vmin=0, vmax=1, shading="auto", rasterized=True)
+    axes.contour(x, v, value.numpy(), [agent.eps], colors="white")
+    axes.plot([], [], color="white", label=f"V_f = eps = {agent.eps:g}")
+    axes.set_title(title)
+    axes.legend(loc="lower left", fontsize=8, facecolor="0.5")
+    return mesh
+
+
+def keep_paths(folder, name, rows, agent):
+    """What report.png draws of the first evaluation episodes, into folder/paths.npz."""
+    kept, cost = {}, proco.load_cost(name)
+    for n, row in enumerate(rows[:8]):
+        obs = np.stack(row.obs)
+        seen = torch.as_tensor(obs)
+        kept |= {f"path{n}": row.path, f"costs{n}": row.costs, f"dangers{n}": row.dangers,
+                 f"value{n}": agent.feasibility(obs), f"gap{n}": proco.danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy()}
+    with proco.whole(folder / "paths.npz") as part, open(part, "wb") as file:
+        np.savez_compressed(file, count=len(rows[:8]), **{key: np.asarray(value, np.float32) for key, value in kept.items()})
+
+
+def panel_paths(axes, runs, n, name):
+    """Evaluation episode n seen from above, as each of `runs`, {method: what keep_paths kept}, drove it."""
+    import matplotlib.pyplot as plt
+    for (method, kept), style in zip(runs.items(), ("-", "--")):
+        path, bad = kept[f"path{n}"], kept[f"costs{n}"] > 0
+        axes.plot(*path.T, style, lw=1.2, color="C0" if style == "-" else "C1", label=f"{method}: cost {bad.sum()}")
+        axes.plot(*path[bad].T, "x", color="k", ms=4)
+        axes.plot(*path[0], "o", color="C0")
+    for x, y, radius in kept[f"dangers{n}"]:
+        axes.add_patch(plt.Circle((x, y), radius, color="tab:orange", alpha=0.5, lw=0))
+    if "Circle" in name:
+        for line in (axes.axvline, axes.axhline)[:int(name[-1])]:
+            line(-1.125, color="tab:orange"), line(1.125, color="tab:orange")
+    axes.set(title=f"evaluation episode {n + 1}: paths (x: violation)", xlabel="x, m", ylabel="y, m", aspect="equal")
+    axes.legend(fontsize=8, loc="upper right")
+
+
+def panel_warning(axes, kept, eps, dt):
+    """V_f and the distance to danger up to the first violation that was kept, or else the nearest miss."""
+    firsts = [(int((kept[f"costs{n}"] > 0).argmax()), n) for n in range(kept["count"]) if kept[f"costs{n}"].any()]
+    end, n = min(firsts) if firsts else min((int(kept[f"gap{n}"].argmin()), n) for n in [
+        min(range(kept["count"]), key=lambda n: kept[f"gap{n}"].min())])
+    when = np.arange(max(0, end - 100), end + 1)
+    axes.plot((when - end) * dt, kept[f"value{n}"][when], "C0-", label="V_f")
+    axes.plot((when - end) * dt, kept[f"gap{n}"][when], "C1--", label="distance to danger (m, m/s)")
+    axes.axhline(eps, color="0.5", lw=0.8, label=f"eps = {eps:g}")
+    axes.set(xlabel="time before, s", ylim=(-0.02, 1.05),
+             title="up to the first violation" if firsts else "the nearest miss")
+    axes.locator_params(axis="x", nbins=5)
+    axes.legend(fontsize=8)
+
+
+def panel_training(axes, rows, title):
+    """The multiplier, the share of recorded states called infeasible, and the losses, over updates."""
+    for key, style in (("lam", "C0-"), ("infeasible_share", "C1--"), ("feasibility_loss", "C2:"), ("reward_loss", "C3-."),
+                       ("clone_loss", "C4-")):
+        points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
+        if points:
+            axes.semilogy(*zip(*points), style, label=key.replace("lam", "lambda").replace("_", " "))
+    axes.set(xlabel="update", title=title)
+    axes.locator_params(axis="x", nbins=5)
+    axes.legend(fontsize=8)
+
+
+def panel_dynamics(axes, blocks):
+    """The model's error after 1 and 15 open-loop steps as a share of what "nothing changes" errs."""
+    for at, (k, colour) in enumerate(((0, "C0"), (-1, "C1"))):
+        share = [row["error"][k] / max(row["nothing_changes"][k], 1e-9) for row in blocks.values()]
+        axes.bar(np.arange(len(blocks)) + 0.4 * at - 0.2, share, 0.4, color=colour, label=("1 step", "15 steps")[at])
+    axes.axhline(1, color="0.5", lw=0.8)
+    axes.set(title="model's error / that of 'nothing changes'", ylim=(0, 1.3))
+    axes.set_xticks(range(len(blocks)), blocks, rotation=20)
+    axes.legend(fontsize=8)
+
+
+def report(folder):
+    """Draws folder/report.png: where V_f says that safety can be kept, what was driven (beside bc, if its run is there),
+    how danger came near, how training went, how good the model is -> the path. Raises ProcoError without a whole run."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    folder, agent, panels = Path(folder), proco.load_run(folder), []
+    saved, task = proco.load_checkpoint(folder / "checkpoint.pt"), agent.task
+    method, counterfactual = saved["config"]["method"], agent.model is not None
+    try:
+        with open(folder / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        runs = {}
+        for run in dict.fromkeys((folder, folder.parent.parent / "bc" / folder.name)):
+            if (run / "paths.npz").exists():
+                runs["bc" if run != folder else method] = dict(np.load(run / "paths.npz"))
+    except OSError as error:
+        raise ProcoError(f"{folder} is no finished run ({error.strerror}: {error.filename}); train first") from None
+    if counterfactual and task.name == "DoubleIntegrator":
+        panels.append(lambda axes: feasibility_map(agent, axes, None, "feasibility value V_f"))
+    elif counterfactual and task.lidars:
+        ahead = [1.0, 0.0, 0.0] if "Point" in task.name else [0.0, -0.7, 0.0]           # a Car's front is body -y
+        for words, motion in (("standing", [0.0] * 3), (f"driving {max(map(abs, ahead)):g} m/s", ahead)):
+            panels.append(functools.partial(feasibility_map, agent, motion=motion, title=f"feasibility value V_f {words}"))
+    if runs and task.lidars:
+        shown = range(min(2, *(int(kept["count"]) for kept in runs.values())))
+        panels += [functools.partial(panel_paths, runs=runs, n=n, name=task.name) for n in shown]
+    if counterfactual and runs.get(method):
+        panels.append(lambda axes: panel_warning(axes, runs[method], agent.eps, task.dt))
+    panels.append(lambda axes: panel_training(axes, rows, f"{task.name}, {method}: training"))
+    if saved["report"]:
+        panels.append(lambda axes: panel_dynamics(axes, saved["report"]))
+    columns = math.ceil(len(panels) / 2)
+    figure, grid = plt.subplots(min(2, len(panels)), columns, figsize=(5 * columns, 4.4 * min(2, len(panels))),
+                                layout="constrained", squeeze=False)
+    for axes, panel in zip(grid.flat, panels):
+        mesh = panel(axes)
+        if mesh:
+            figure.colorbar(mesh, ax=axes, label="V_f: 0 safe, gamma_f^k doomed in k steps")
+    for axes in grid.flat[len(panels):]:
+        axes.set_axis_off()
+    with proco.whole(folder / "report.png") as part:
+        figure.savefig(part, dpi=110, format="png")
+    plt.close(figure)
+    return folder / "report.png"
+
+
+def draw_comparison(rows, path):
+    """Return against cost of every method, a panel for each task, from proco.compare's rows, with their intervals."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    tasks, methods = (list(dict.fromkeys(row[key] for row in rows if row["task"] != "all")) for key in ("task", "method"))
+    columns = min(3, len(tasks))
+    lines = math.ceil(len(tasks) / columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(4.4 * columns, 3.6 * lines), layout="constrained", squeeze=False)
+    for axes, task in zip(grid.flat, tasks):
+        for n, method in enumerate(methods):
+            row = next(row for row in rows if (row["task"], row["method"]) == (task, method))
+            bars = {key: [[max(row[key] - row[f"{key}_low"], 0)], [max(row[f"{key}_high"] - row[key], 0)]]
+                    for key in ("cost", "return")}
+            axes.errorbar(row["cost"], row["return"], bars["return"], bars["cost"], fmt="osD^v<>p"[n % 8], color=f"C{n}",
+                          ms=7, lw=1, capsize=2, label=method)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set(title=task, xlabel="violating steps an episode", ylabel="return", xlim=(-0.1, None))
+        axes.axvspan(-0.1, 20, color="tab:green", alpha=0.08, lw=0)         # DSRL's middle limit
+    grid.flat[0].legend(fontsize=8)
+    for axes in grid.flat[len(tasks):]:
+        axes.set_axis_off()
+    with proco.whole(path) as part:
+        figure.savefig(part, dpi=110, format="png")
+    plt.close(figure)
