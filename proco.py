@@ -789,7 +789,8 @@ def oracle_cost(task):
             return (((obs + next_obs)[..., columns] / 2).norm(dim=-1) > limit - margin).float() if len(columns) > 1 else \
                 ((obs + next_obs)[..., columns[0]] / 2 > limit - margin).float()
         if "hazards" in start:
-            return (3 * (1 - next_obs[..., start["hazards"]:start["hazards"] + BINS].amax(-1)) <= 0.2 + margin).float()
+            radius, bins = 0.3 if kind == "Push1" else 0.2, next_obs[..., start["hazards"]:start["hazards"] + BINS]
+            return (3 * (1 - bins.amax(-1)) <= radius + margin).float()
         bins = next_obs[..., start["circle"]:start["circle"] + BINS]
         centre = torch.as_tensor(locate(bins.cpu().numpy(), 6.0, 1), device=bins.device)[..., 0, :]
         sin, cos = F.normalize(next_obs[..., 9:11], dim=-1).neg().unbind(-1)                      # of the yaw
@@ -1253,11 +1254,13 @@ def drive(agent, name, seeds, act=None):
                             dangers=seen_from_above(env)[1]) for seed, env in zip(seeds, envs)]
     # DEVIATION: with look-ahead an action is a decision, kept for as long as decisions last in training unless Q_f revises
     # it. Deciding anew at each step, an agent changes its mind: PointGoal1 fell from 21.1 to 15.5, both without cost.
-    alive, actions, t = list(range(len(envs))), np.zeros((len(envs), agent.task.act_dim), np.float32), 0
-    every = agent.task.repeat if agent.plans and not act else 1
+    every = agent.task.repeat if act is None and agent.plans else 1
+    alive, actions, t = list(range(len(envs))), [None] * len(envs), 0
     while alive:
-        actions[alive], going, t = (act or agent.act)(obs[alive], *[actions[alive]] * (t % every > 0)), [], t + 1
-        for i, action in zip(alive, actions[alive]):
+        held, going = [np.stack([actions[i] for i in alive])] if t % every else [], []
+        t += 1
+        for i, action in zip(alive, (act or agent.act)(obs[alive], *held)):
+            actions[i] = action
             rows[i].obs.append(obs[i].astype(np.float32))
             rows[i].actions.append(action)
             obs[i], reward, cost, terminated, truncated, _ = envs[i].step(action)
