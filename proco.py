@@ -45,7 +45,8 @@ sys.modules.setdefault("proco", sys.modules[__name__])                         #
 from llm_costs import driver, language
 from llm_costs.fetch import dsrl_infos, fetch_dsrl
 from llm_costs.language import CostError, ProcoError
-from llm_costs.pictures import draw_comparison, keep_paths, report
+from llm_costs.oracle import oracle_cost
+from llm_costs.results import compare, diagnose, keep_paths, report
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("bc", "td3bc", "td3bc-lag", "fisor", "cpq", "proco", "proco-fisor", "proco-cpq")
@@ -123,8 +124,7 @@ LIDARS = dict(Circle=("circle",), Goal=("goal", "hazards", "vases"),         # i
 NEAREST = dict(circle=1, goal=1, buttons=4, hazards=5, gremlins=4, vases=3, pillars=4, push_box=1)
 VELOCITY = dict(AntVelocity=(27, 8), HalfCheetahVelocity=(17, 6), HopperVelocity=(11, 3),
                 SwimmerVelocity=(8, 2), Walker2dVelocity=(17, 6))               # observation and action size
-SPEEDS = dict(AntVelocity=(2.6222, [13, 14]), HalfCheetahVelocity=(3.2096, [8]), HopperVelocity=(0.7402, [5]),
-              SwimmerVelocity=(0.2282, [3]), Walker2dVelocity=(2.3415, [8]))    # limit in m/s and where velocity is seen
+
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,8 @@ def nearest_first(state, task):
 
 
 def import_simulator():
-    """Safety-Gymnasium, importable on Python >= 3.11 and with a reset of milliseconds; the physics is untouched."""
+    """Safety-Gymnasium, importable on Python >= 3.11, with a reset of milliseconds and steps at twice the rate; what it
+    computes is untouched, to the last bit."""
     if "safety_gymnasium.builder" in sys.modules:
         return sys.modules["safety_gymnasium"]
     original = dataclasses._get_field
@@ -279,6 +280,7 @@ def import_simulator():
         import safety_gymnasium
         import safety_gymnasium.builder
         import safety_gymnasium.world as world
+        from safety_gymnasium.assets.mocaps.gremlins import Gremlins
     except ImportError as error:
         raise ProcoError(f"the simulator can't be imported ({error}); install it with the README's two pip lines")
     finally:
@@ -293,7 +295,14 @@ def import_simulator():
             parsed[file.name].get("textures", {}).update(skybox=sky)
         return copy.deepcopy(parsed[file.name])
 
-    world.yaml = SimpleNamespace(load=load, FullLoader=yaml.FullLoader)
+    def move(gremlins):                         # four look-ups by name and four np.r_, ten times a step
+        model, data, phase = gremlins.engine.model, gremlins.engine.data, float(gremlins.engine.data.time)
+        if gremlins.__dict__.get("seen_model") is not model:
+            gremlins.seen_model = model
+            gremlins.slots = [model.body_mocapid[model.body(f"gremlin{i}mocap").id] for i in range(gremlins.num)]
+        data.mocap_pos[gremlins.slots] = [*(np.array([np.sin(phase), np.cos(phase)]) * gremlins.travel), gremlins.size]
+
+    world.yaml, Gremlins.move = SimpleNamespace(load=load, FullLoader=yaml.FullLoader), move
     return safety_gymnasium
 
 
@@ -338,7 +347,10 @@ def make_env(name):
         return DoubleIntegrator()
     simulator = import_simulator()
     try:
-        return simulator.make(f"Safety{name}-v{1 if name in VELOCITY else 0}")
+        env = simulator.make(f"Safety{name}-v{1 if name in VELOCITY else 0}")
+        if name not in VELOCITY:                # whether each observation is in its space takes a tenth of a step to ask
+            env.unwrapped.task.obs_info.obs_space_dict.contains = lambda obs: True
+        return env
     except ValueError as error:                 # mujoco 3 reads no model in global coordinates
         why, version = " ".join(str(error).split())[:80], importlib.metadata.version("mujoco")
         raise ProcoError(f"mujoco {version} can't load {name} ({why}); use Python 3.10 or 3.11, where mujoco 2.3 can be "
@@ -352,19 +364,6 @@ CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
 WORKERS = os.cpu_count() or 1
 
 
-def demonstrator(rng):
-    """The double integrator's driver: speeds up to a speed of its own, brakes in time for a stop before the wall. It
-    starts from farther away than the policy will, since from 3 m nobody who stops in time gets to know 2 m/s."""
-    speed, stop, brake, noise = rng.uniform(0.3, 2), rng.uniform(0.3, 0.95), rng.uniform(0.3, 0.9), rng.uniform(0, 0.5)
-
-    def act(obs):
-        x, v = obs
-        room = max(stop - x, 0)
-        wanted = min(speed, math.sqrt(2 * brake * room)) if x < stop else -0.2
-        return np.array([np.clip((wanted - v) / 0.3 + noise * rng.normal() * (room > v), -1, 1)], np.float32)
-    return act
-
-
 def make_driver(name, rng):
     """The scripted driver of one episode: act(obs (O,)) -> action (2,) in [-1, 1]. It makes data where none can be had, is
     no part of the method, and so lives beside the predicates, in llm_costs/driver.py."""
@@ -374,7 +373,7 @@ def make_driver(name, rng):
 def collect_episode(name, seed):
     """One episode of a new driver in the simulator -> dict of arrays (T, .), float32, named as in DSRL."""
     rows, ended, rng = [], False, np.random.default_rng(seed)
-    env, act = (DoubleIntegrator(far=6.0), demonstrator(rng)) if name == "DoubleIntegrator" else \
+    env, act = (DoubleIntegrator(far=6.0), driver.demonstrator(rng)) if name == "DoubleIntegrator" else \
         (make_env(name), make_driver(name, rng))
     obs, _ = env.reset(seed=seed)
     while not ended:
@@ -770,33 +769,6 @@ def load_cost(name):
         return compile_cost((HERE / "llm_costs" / f"{name}.py").read_text(), name)
     except OSError:
         raise CostError(f"there is no cost predicate for {name}: write one with --write-cost") from None
-
-
-def oracle_cost(task):
-    """The simulator's own rule, read off states, in place of the language model's: --cost oracle, an ablation.
-
-    The same interface as load_cost's. Raises ProcoError where the rule needs what no observation shows (buttons and
-    gremlins have corners, vases slide, pillars collide) or where states are raw bins."""
-    kind = task.name.removeprefix("Point").removeprefix("Car")
-    if kind not in ("Goal1", "Push1", "Circle1", "Circle2", *SPEEDS) or (kind not in SPEEDS and not task.lidars):
-        raise ProcoError(f"--cost oracle is not defined for {task.name}: only for Goal1, Push1, Circle and velocity tasks, "
-                         "without --raw-obs")
-    start = {lidar.name: lidar.start for lidar in task.lidars}
-
-    def cost(obs, action, next_obs, margin=0.0):
-        if kind in SPEEDS:                      # of the body over the step, taken from its two ends
-            limit, columns = SPEEDS[kind]
-            return (((obs + next_obs)[..., columns] / 2).norm(dim=-1) > limit - margin).float() if len(columns) > 1 else \
-                ((obs + next_obs)[..., columns[0]] / 2 > limit - margin).float()
-        if "hazards" in start:
-            radius, bins = 0.3 if kind == "Push1" else 0.2, next_obs[..., start["hazards"]:start["hazards"] + BINS]
-            return (3 * (1 - bins.amax(-1)) <= radius + margin).float()
-        bins = next_obs[..., start["circle"]:start["circle"] + BINS]
-        centre = torch.as_tensor(locate(bins.cpu().numpy(), 6.0, 1), device=bins.device)[..., 0, :]
-        sin, cos = F.normalize(next_obs[..., 9:11], dim=-1).neg().unbind(-1)                      # of the yaw
-        place = torch.stack([cos * centre[..., 0] - sin * centre[..., 1], sin * centre[..., 0] + cos * centre[..., 1]], -1)
-        return (place[..., :int(kind[-1])].abs().amax(-1) > 1.125 - margin).float()
-    return cost
 
 
 def compile_cost(text, name, data=None):
@@ -1298,35 +1270,6 @@ def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
     return sorted(rows, key=lambda row: row.seed)
 
 
-def area_under_curve(scores, labels):
-    """Chance that a positive scores above a negative (ties count half): scores, labels (B,) -> float."""
-    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    positive = labels.sum()
-    if positive in (0, len(labels)):
-        return math.nan                         # nothing to tell apart
-    return float((ranks[labels].sum() - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))
-
-
-def warning_table(agent, cost, rows, steps=(1, 5, 10, 20)):
-    """How well V_f, and the plain distance to danger, foretell a violation within k steps -> [(k, AUC of V_f, AUC of
-    distance, share of positives)]. Steps inside a violation are left out: they need no warning."""
-    scores, gaps, times = [], [], []
-    for row in rows:
-        obs, costs = np.stack(row.obs), np.array(row.costs) > 0
-        seen = torch.as_tensor(obs)
-        gaps.append(danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy())
-        scores.append(agent.feasibility(obs))
-        ahead = np.where(costs, np.arange(len(costs)), 10 ** 9)
-        ahead = np.minimum.accumulate(ahead[::-1])[::-1] - np.arange(len(costs)) + 1.0            # steps until
-        ahead[1:][costs[:-1]] = -1                                                                # already inside
-        times.append(ahead)
-    scores, gaps, times = map(np.concatenate, (scores, gaps, times))
-    outside = times > 0
-    return [(k, area_under_curve(scores[outside], times[outside] <= k), area_under_curve(-gaps[outside],
-             times[outside] <= k), float((times[outside] <= k).mean())) for k in steps]
-
-
 # ==== 8. A run: train, evaluate, keep ================================================================================
 
 WARNINGS = []                                   # what results.json must tell besides the numbers
@@ -1726,86 +1669,6 @@ def run(cfg, resume=False):
     print(f"   {folder}/results.json after {results['timing']['total']:.0f} s")
     print("".join(f"   NOTE: {text}\n" for text in WARNINGS), end="")
     return results
-
-
-def diagnose(folder, episodes=20):
-    """What a run's feasibility value knows, before any policy is believed: its AUC against that of the plain distance
-    on episodes of the cloned policy, the policy with and without its filter, and the dynamics report."""
-    saved = load_checkpoint(Path(folder) / "checkpoint.pt")
-    cfg = Config(**saved["config"])
-    if saved["report"]:
-        print_dynamics(saved["report"], saved["margin"])
-    rows = {kind: evaluate(folder, cfg.task, episodes, behaviour=kind) for kind in ("clone", "bare", "filter", "policy")}
-    for kind, words in (("clone", "the cloned policy"), ("bare", "the bare actor"), ("filter", "actor and filter"),
-                        ("policy", "with look-ahead")):
-        score = summary(cfg.task, rows[kind])
-        print(f"   {words:<18} return {score['return_mean']:7.2f}   cost {score['cost_mean']:7.2f}   "
-              f"violation-free {score['zero_cost_share']:.0%}")
-    print("   foretelling a violation of the cloned policy within k steps: AUC of")
-    print("    k     V_f   distance   share of steps")
-    for k, value, gap, share in warning_table(load_run(folder), load_cost(cfg.task), rows["clone"]):
-        print(f"   {k:2d}  {value:.4f}     {gap:.4f}   {share:.2%}")
-
-
-SCORES = ("return", "cost", "violation_free", "normalized_return", "cost_at_10", "cost_at_20", "cost_at_40")
-
-
-def finished_run(cfg):
-    """The evaluation episodes of a run, from disk if it is there and else trained: (episodes, len(SCORES)). Raises
-    ProcoError where the run on disk was made with other settings."""
-    folder = run_folder(cfg)
-    if (folder / "results.json").exists():
-        made = json.loads((folder / "config.json").read_text())
-        differs = [key for key, value in dataclasses.asdict(cfg).items() if made.get(key) != value and key != "device"]
-        if differs:
-            raise ProcoError(f"{folder} was made with other settings ({', '.join(differs)}); use another --out")
-    else:
-        print(f"---- {folder}")
-        run(cfg, resume=True)
-    with open(folder / "episodes.csv") as file:
-        ret, cost = np.array([(float(row["return"]), float(row["cost"])) for row in csv.DictReader(file)]).T
-    normal = normalised(cfg.task, ret, cost)[0]
-    return np.stack([ret, cost, cost == 0, np.full_like(ret, np.nan) if normal is None else normal, cost / 10, cost / 20,
-                     cost / 40], -1)
-
-
-def resampled(values, draws=2000):
-    """Bootstrap over seeds and, within each drawn seed, over episodes: values (K, episodes, m) -> means (draws, m)."""
-    rng, (seeds, episodes, _) = np.random.default_rng(0), values.shape
-    picked = rng.integers(seeds, size=(draws, seeds, 1)), rng.integers(episodes, size=(draws, seeds, episodes))
-    return values[picked].mean((1, 2))
-
-
-def compare(configs):
-    """The table of several methods, tasks and seeds: trains what is missing, one run after the other, takes what is
-    finished from disk, and writes compare.csv, compare.md and compare.png into --out -> rows, a dict each.
-
-    configs: {(task, method): [Config of each seed]}. Every value is a mean over seeds and episodes with its 95% bootstrap
-    interval; "all" is the mean over tasks. Normalised costs of at most 1 (safe at that limit) are bold in the Markdown."""
-    values = {key: np.stack([finished_run(cfg) for cfg in runs]) for key, runs in configs.items()}
-    means, draws = ({key: f(v) for key, v in values.items()} for f in (lambda v: v.mean((0, 1)), resampled))
-    tasks, methods = (list(dict.fromkeys(names)) for names in zip(*configs))
-    for method in methods if len(tasks) > 1 else ():
-        for table in (means, draws):
-            table["all", method] = np.mean([table[task, method] for task in tasks], 0)
-    rows, lines = [], ["| task | method | " + " | ".join(SCORES).replace("_", " ") + " |", "| --- " * (2 + len(SCORES)) + "|"]
-    for task, method in means:
-        low, high = np.percentile(draws[task, method], [2.5, 97.5], axis=0)
-        rows.append(dict(task=task, method=method, seeds=max(map(len, configs.values()))))
-        cells = []
-        for name, mean, a, b in zip(SCORES, means[task, method], low, high):
-            rows[-1] |= {name: mean, f"{name}_low": a, f"{name}_high": b}
-            digits = 2 if "norm" in name or "free" in name or "_at_" in name else 1
-            text = f"{mean:.{digits}f} [{a:.{digits}f}, {b:.{digits}f}]" if np.isfinite(mean) else "-"
-            cells.append(f"**{text}**" if "_at_" in name and mean <= 1 else text)
-        lines.append(f"| {task} | {method} | " + " | ".join(cells) + " |")
-    folder = Path(next(iter(configs.values()))[0].out)
-    write_table(folder / "compare.csv", rows)
-    with whole(folder / "compare.md") as part:
-        part.write_text("\n".join(lines) + "\n")
-    draw_comparison(rows, folder / "compare.png")
-    print("\n".join(lines), f"{folder}/compare.csv, .md and .png", sep="\n")
-    return rows
 
 
 def parse(argv):

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 import proco
-from llm_costs import fetch
+from llm_costs import fetch, results
 from proco import CostError, ProcoError, TASKS, compile_cost, fetch_dsrl, get_task, load_cost, prompt, write_cost
 
 torch.set_num_threads(1)
@@ -279,6 +279,24 @@ def test_the_fast_reset_drives_the_same_path_as_the_stock_one(simulator, monkeyp
     fast = roll()
     monkeypatch.setattr(world, "yaml", yaml)                        # with the sky it came with
     assert np.array_equal(fast, roll())
+
+
+def test_fast_steps_drive_the_same_path_as_stock_ones(simulator, monkeypatch):
+    from safety_gymnasium.assets.mocaps import gremlins
+    spec = importlib.util.spec_from_file_location("stock_gremlins", gremlins.__file__)
+    stock = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stock)
+    actions = np.random.default_rng(2).uniform(-1, 1, (40, 2))
+
+    def roll(env):
+        rows = [env.reset(seed=4)[0]]
+        for action in actions:
+            obs, reward, cost, *_ = env.step(action)
+            rows.append(np.append(obs, [reward, cost]))
+        return np.concatenate(rows)
+    fast = roll(proco.make_env.__wrapped__("PointButton1"))
+    monkeypatch.setattr(gremlins.Gremlins, "move", stock.Gremlins.move)
+    assert np.array_equal(fast, roll(simulator.make("SafetyPointButton1-v0")))  # with its check of every observation, too
 
 
 def test_the_double_integrator_moves_as_its_formula_says():
@@ -1579,12 +1597,12 @@ def test_planned_decisions_are_held_for_as_long_as_in_training(plans, fresh, mon
 
 
 def test_bootstrap_intervals():
-    assert (proco.resampled(np.full((3, 4, 1), 7.0)) == 7).all()                # nothing varies, nothing is uncertain
+    assert (results.resampled(np.full((3, 4, 1), 7.0)) == 7).all()                # nothing varies, nothing is uncertain
     values = np.random.default_rng(1).normal(size=(1, 400, 2)) * [1, 5]
-    assert proco.resampled(values).std(0) == pytest.approx([1 / 20, 5 / 20], rel=0.15)      # one seed: s / sqrt(n)
+    assert results.resampled(values).std(0) == pytest.approx([1 / 20, 5 / 20], rel=0.15)      # one seed: s / sqrt(n)
     seeds = np.repeat(np.array([0.0, 1, 2, 3])[:, None, None], 50, 1)           # all that varies is the seed
-    assert proco.resampled(seeds).std() == pytest.approx(seeds.std() / 2, rel=0.1)
-    assert proco.resampled(seeds).mean() == pytest.approx(1.5, abs=0.1)
+    assert results.resampled(seeds).std() == pytest.approx(seeds.std() / 2, rel=0.1)
+    assert results.resampled(seeds).mean() == pytest.approx(1.5, abs=0.1)
 
 
 COMPARE = ("--compare bc,td3bc --tasks DoubleIntegrator --seeds 2 --scale 0.01 --hidden 16 --eval-episodes 3 --data driver "
@@ -1615,7 +1633,7 @@ def test_a_comparison_trains_what_is_missing_and_reads_the_rest(tmp_path, monkey
 
 
 def test_a_comparison_of_several_tasks_ends_in_their_mean(monkeypatch, tmp_path):
-    monkeypatch.setattr(proco, "finished_run", lambda cfg: np.full((4, 7), cfg.value))
+    monkeypatch.setattr(results, "finished_run", lambda cfg: np.full((4, 7), cfg.value))
     rows = proco.compare({(task, "bc"): [SimpleNamespace(out=tmp_path, value=value)] for task, value in (("one", 1), ("two", 3))})
     assert [(row["task"], row["return"]) for row in rows] == [("one", 1), ("two", 3), ("all", 2)]
 
@@ -1656,8 +1674,8 @@ def test_area_under_curve_is_the_chance_of_the_right_order():
     for scale in (3, 50):                                                       # many ties, few ties
         scores, labels = rng.integers(0, scale, 60).astype(float), rng.random(60) < 0.3
         brute = np.mean([(p > n) + (p == n) / 2 for p in scores[labels] for n in scores[~labels]])
-        assert proco.area_under_curve(scores, labels) == pytest.approx(brute)
-    assert proco.area_under_curve(np.array([1.0, 2, 3]), np.array([False, True, True])) == 1
+        assert results.area_under_curve(scores, labels) == pytest.approx(brute)
+    assert results.area_under_curve(np.array([1.0, 2, 3]), np.array([False, True, True])) == 1
 
 
 @pytest.mark.parametrize("name, low, high", [("CarButton1", 0.0028926206826067613, 44.420003345738984),
@@ -1699,10 +1717,10 @@ def test_the_warning_table_on_a_case_counted_by_hand():
     x = np.linspace(0, 0.9, 11).tolist() + [1.2] * 19
     row = SimpleNamespace(obs=[np.float32([v, 0]) for v in x], costs=[0] * 10 + [1] * 20, actions=[np.zeros(1)] * 30)
     agent = SimpleNamespace(feasibility=lambda obs: obs[:, 0])
-    for (k, value, gap, share) in proco.warning_table(agent, load_cost("DoubleIntegrator"), [row], (1, 5)):
+    for (k, value, gap, share) in results.warning_table(agent, load_cost("DoubleIntegrator"), [row], (1, 5)):
         assert value == gap == 1 and share == pytest.approx(k / 11)
     agent = SimpleNamespace(feasibility=lambda obs: -obs[:, 0])
-    assert proco.warning_table(agent, load_cost("DoubleIntegrator"), [row], (5,))[0][1] == 0
+    assert results.warning_table(agent, load_cost("DoubleIntegrator"), [row], (5,))[0][1] == 0
 
 
 def test_the_summary_counts_violation_free_episodes():

@@ -136,3 +136,16 @@ def make_driver(task, rng, lidars, locate):
         wall = np.abs(x) if level == 1 else np.maximum(np.abs(x), np.abs(y))
         return 6 * reward.mean(1), np.maximum(wall[:, 1:] - 1.125 + margin, 0)
     return act
+
+
+def demonstrator(rng):
+    """The double integrator's driver: speeds up to a speed of its own, brakes in time for a stop before the wall. It
+    starts from farther away than the policy will, since from 3 m nobody who stops in time gets to know 2 m/s."""
+    speed, stop, brake, noise = rng.uniform(0.3, 2), rng.uniform(0.3, 0.95), rng.uniform(0.3, 0.9), rng.uniform(0, 0.5)
+
+    def act(obs):
+        x, v = obs
+        room = max(stop - x, 0)
+        wanted = min(speed, math.sqrt(2 * brake * room)) if x < stop else -0.2
+        return np.array([np.clip((wanted - v) / 0.3 + noise * rng.normal() * (room > v), -1, 1)], np.float32)
+    return act

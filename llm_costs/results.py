@@ -1,6 +1,8 @@
-"""What a run looks like: report.png, and the figure of a comparison. No part of PROCO."""
+"""What came out: --diagnose, --report and --compare. No part of PROCO."""
 import csv
+import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -185,3 +187,112 @@ def draw_comparison(rows, path):
     with proco.whole(path) as part:
         figure.savefig(part, dpi=110, format="png")
     plt.close(figure)
+
+
+def area_under_curve(scores, labels):
+    """Chance that a positive scores above a negative (ties count half): scores, labels (B,) -> float."""
+    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    positive = labels.sum()
+    if positive in (0, len(labels)):
+        return math.nan                         # nothing to tell apart
+    return float((ranks[labels].sum() - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))
+
+
+def warning_table(agent, cost, rows, steps=(1, 5, 10, 20)):
+    """How well V_f, and the plain distance to danger, foretell a violation within k steps -> [(k, AUC of V_f, AUC of
+    distance, share of positives)]. Steps inside a violation are left out: they need no warning."""
+    scores, gaps, times = [], [], []
+    for row in rows:
+        obs, costs = np.stack(row.obs), np.array(row.costs) > 0
+        seen = torch.as_tensor(obs)
+        gaps.append(proco.danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy())
+        scores.append(agent.feasibility(obs))
+        ahead = np.where(costs, np.arange(len(costs)), 10 ** 9)
+        ahead = np.minimum.accumulate(ahead[::-1])[::-1] - np.arange(len(costs)) + 1.0            # steps until
+        ahead[1:][costs[:-1]] = -1                                                                # already inside
+        times.append(ahead)
+    scores, gaps, times = map(np.concatenate, (scores, gaps, times))
+    outside = times > 0
+    return [(k, area_under_curve(scores[outside], times[outside] <= k), area_under_curve(-gaps[outside],
+             times[outside] <= k), float((times[outside] <= k).mean())) for k in steps]
+
+
+def diagnose(folder, episodes=20):
+    """What a run's feasibility value knows, before any policy is believed: its AUC against that of the plain distance
+    on episodes of the cloned policy, the policy with and without its filter, and the dynamics report."""
+    saved = proco.load_checkpoint(Path(folder) / "checkpoint.pt")
+    cfg = proco.Config(**saved["config"])
+    if saved["report"]:
+        proco.print_dynamics(saved["report"], saved["margin"])
+    rows = {kind: proco.evaluate(folder, cfg.task, episodes, behaviour=kind) for kind in ("clone", "bare", "filter", "policy")}
+    for kind, words in (("clone", "the cloned policy"), ("bare", "the bare actor"), ("filter", "actor and filter"),
+                        ("policy", "with look-ahead")):
+        score = proco.summary(cfg.task, rows[kind])
+        print(f"   {words:<18} return {score['return_mean']:7.2f}   cost {score['cost_mean']:7.2f}   "
+              f"violation-free {score['zero_cost_share']:.0%}")
+    print("   foretelling a violation of the cloned policy within k steps: AUC of")
+    print("    k     V_f   distance   share of steps")
+    for k, value, gap, share in warning_table(proco.load_run(folder), proco.load_cost(cfg.task), rows["clone"]):
+        print(f"   {k:2d}  {value:.4f}     {gap:.4f}   {share:.2%}")
+
+
+SCORES = ("return", "cost", "violation_free", "normalized_return", "cost_at_10", "cost_at_20", "cost_at_40")
+
+
+def finished_run(cfg):
+    """The evaluation episodes of a run, from disk if it is there and else trained: (episodes, len(SCORES)). Raises
+    ProcoError where the run on disk was made with other settings."""
+    folder = proco.run_folder(cfg)
+    if (folder / "results.json").exists():
+        made = json.loads((folder / "config.json").read_text())
+        differs = [key for key, value in dataclasses.asdict(cfg).items() if made.get(key) != value and key != "device"]
+        if differs:
+            raise ProcoError(f"{folder} was made with other settings ({', '.join(differs)}); use another --out")
+    else:
+        print(f"---- {folder}")
+        proco.run(cfg, resume=True)
+    with open(folder / "episodes.csv") as file:
+        ret, cost = np.array([(float(row["return"]), float(row["cost"])) for row in csv.DictReader(file)]).T
+    normal = proco.normalised(cfg.task, ret, cost)[0]
+    return np.stack([ret, cost, cost == 0, np.full_like(ret, np.nan) if normal is None else normal, cost / 10, cost / 20,
+                     cost / 40], -1)
+
+
+def resampled(values, draws=2000):
+    """Bootstrap over seeds and, within each drawn seed, over episodes: values (K, episodes, m) -> means (draws, m)."""
+    rng, (seeds, episodes, _) = np.random.default_rng(0), values.shape
+    picked = rng.integers(seeds, size=(draws, seeds, 1)), rng.integers(episodes, size=(draws, seeds, episodes))
+    return values[picked].mean((1, 2))
+
+
+def compare(configs):
+    """The table of several methods, tasks and seeds: trains what is missing, one run after the other, takes what is
+    finished from disk, and writes compare.csv, compare.md and compare.png into --out -> rows, a dict each.
+
+    configs: {(task, method): [Config of each seed]}. Every value is a mean over seeds and episodes with its 95% bootstrap
+    interval; "all" is the mean over tasks. Normalised costs of at most 1 (safe at that limit) are bold in the Markdown."""
+    values = {key: np.stack([finished_run(cfg) for cfg in runs]) for key, runs in configs.items()}
+    means, draws = ({key: f(v) for key, v in values.items()} for f in (lambda v: v.mean((0, 1)), resampled))
+    tasks, methods = (list(dict.fromkeys(names)) for names in zip(*configs))
+    for method in methods if len(tasks) > 1 else ():
+        for table in (means, draws):
+            table["all", method] = np.mean([table[task, method] for task in tasks], 0)
+    rows, lines = [], ["| task | method | " + " | ".join(SCORES).replace("_", " ") + " |", "| --- " * (2 + len(SCORES)) + "|"]
+    for task, method in means:
+        low, high = np.percentile(draws[task, method], [2.5, 97.5], axis=0)
+        rows.append(dict(task=task, method=method, seeds=max(map(len, configs.values()))))
+        cells = []
+        for name, mean, a, b in zip(SCORES, means[task, method], low, high):
+            rows[-1] |= {name: mean, f"{name}_low": a, f"{name}_high": b}
+            digits = 2 if "norm" in name or "free" in name or "_at_" in name else 1
+            text = f"{mean:.{digits}f} [{a:.{digits}f}, {b:.{digits}f}]" if np.isfinite(mean) else "-"
+            cells.append(f"**{text}**" if "_at_" in name and mean <= 1 else text)
+        lines.append(f"| {task} | {method} | " + " | ".join(cells) + " |")
+    folder = Path(next(iter(configs.values()))[0].out)
+    proco.write_table(folder / "compare.csv", rows)
+    with proco.whole(folder / "compare.md") as part:
+        part.write_text("\n".join(lines) + "\n")
+    draw_comparison(rows, folder / "compare.png")
+    print("\n".join(lines), f"{folder}/compare.csv, .md and .png", sep="\n")
+    return rows
