@@ -43,10 +43,11 @@ from tqdm import tqdm
 
 sys.modules.setdefault("proco", sys.modules[__name__])                         # so that these find it when it is a script
 from llm_costs import driver, language
-from llm_costs.fetch import dsrl_infos, fetch_dsrl
+from llm_costs.fetch import dsrl_infos, fetch_dsrl, recorded_steps
 from llm_costs.language import CostError, ProcoError
 from llm_costs.oracle import oracle_cost
-from llm_costs.results import compare, diagnose, keep_paths, report
+from llm_costs.results import compare, diagnose, keep_paths, print_dynamics, report
+from llm_costs.simulator import import_simulator
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("bc", "td3bc", "td3bc-lag", "fisor", "cpq", "proco", "proco-fisor", "proco-cpq")
@@ -263,49 +264,6 @@ def nearest_first(state, task):
 # ==== The simulator ==================================================================================================
 
 
-def import_simulator():
-    """Safety-Gymnasium, importable on Python >= 3.11, with a reset of milliseconds and steps at twice the rate; what it
-    computes is untouched, to the last bit."""
-    if "safety_gymnasium.builder" in sys.modules:
-        return sys.modules["safety_gymnasium"]
-    original = dataclasses._get_field
-
-    def get_field(cls, name, *rest):            # since 3.11 dataclasses refuse its arrays as defaults: copy them instead
-        if isinstance(getattr(cls, name, None), np.ndarray):
-            setattr(cls, name, dataclasses.field(default_factory=getattr(cls, name).copy))
-        return original(cls, name, *rest)
-
-    dataclasses._get_field = get_field
-    try:
-        import safety_gymnasium
-        import safety_gymnasium.builder
-        import safety_gymnasium.world as world
-        from safety_gymnasium.assets.mocaps.gremlins import Gremlins
-    except ImportError as error:
-        raise ProcoError(f"the simulator can't be imported ({error}); install it with the README's two pip lines")
-    finally:
-        dataclasses._get_field = original
-    import yaml
-    parsed = {}
-
-    def load(file, Loader):                     # each reset decodes six pictures of the sky, for a second or two
-        if file.name not in parsed:
-            parsed[file.name] = yaml.load(file, Loader=Loader)
-            sky = {"@type": "skybox", "@builtin": "flat", "@width": "8", "@height": "8"}
-            parsed[file.name].get("textures", {}).update(skybox=sky)
-        return copy.deepcopy(parsed[file.name])
-
-    def move(gremlins):                         # four look-ups by name and four np.r_, ten times a step
-        model, data, phase = gremlins.engine.model, gremlins.engine.data, float(gremlins.engine.data.time)
-        if gremlins.__dict__.get("seen_model") is not model:
-            gremlins.seen_model = model
-            gremlins.slots = [model.body_mocapid[model.body(f"gremlin{i}mocap").id] for i in range(gremlins.num)]
-        data.mocap_pos[gremlins.slots] = [*(np.array([np.sin(phase), np.cos(phase)]) * gremlins.travel), gremlins.size]
-
-    world.yaml, Gremlins.move = SimpleNamespace(load=load, FullLoader=yaml.FullLoader), move
-    return safety_gymnasium
-
-
 class DoubleIntegrator:
     """A mass between here and a wall: state (x, v), v <- v + a dt, x <- x + v dt, |a| <= 1, |v| <= 2, unsafe at
     x >= 1, reward the progress in x. The interface is Safety-Gymnasium's."""
@@ -473,17 +431,6 @@ def load_data(path, task, max_episode_cost=0.0):
     returns = np.bincount(arrays["episode"], arrays["rewards"])
     return arrays, dict(episodes=len(returns), transitions=len(kept), return_mean=float(returns.mean()),
                         unsafe_share=float((arrays["costs"] > 0).mean()), of_episodes=len(ends))
-
-
-def recorded_steps(cfg):
-    """(obs, action, next_obs) of recorded safe steps that lie on this machine, or None: --data FILE, DSRL's, driven."""
-    found = [Path(cfg.data)] if cfg.data not in ("auto", "dsrl", "driver") else [
-        *(Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser().glob(f"Safety{cfg.task}Gym*.hdf5")),
-        *(CACHE / "driver").glob(f"{cfg.task}-{DRIVER}-*.hdf5")]
-    if not found:
-        return None
-    arrays, _ = load_data(found[0], get_task(cfg.task), cfg.max_episode_cost)
-    return arrays["observations"], arrays["actions"], arrays["next_observations"]
 
 
 def to_device(arrays, task, cost, device):
@@ -1540,15 +1487,6 @@ def train(cfg, task, data, cost, folder, resume):
                     raise ProcoError(f"stopped at update {learner.step} of {total}; the same command with --resume goes on")
             bar.close()
     return learner, seconds, report
-
-
-def print_dynamics(report, margin):
-    """The dynamics report as a table."""
-    print("   block      R^2 of the change   error after 1 / 5 / 10 / 15 steps          'nothing changes'")
-    for name, row in report.items():
-        errors, still = ("  ".join(f"{v:8.4f}" for v in row[key]) for key in ("error", "nothing_changes"))
-        print(f"   {name:<10} {row['r2']:12.4f}   {errors}   {still}")
-    print(f"   margin of the conservative cost: {margin:.4f}")
 
 
 def load_checkpoint(path, device="cpu"):

@@ -114,3 +114,14 @@ def fetch_dsrl(name, cache_dir=None, base_url=None):
         raise ProcoError(f"can't write {path}: {error.strerror or error}; check the folder and the disk") from None
     raise ProcoError(f"{file} can't be fetched ({', '.join(reasons)}); try again later, download it by hand from "
                      f"{base_url or MIRROR} into {folder}, or use --data driver or --data FILE.hdf5")
+
+
+def recorded_steps(cfg):
+    """(obs, action, next_obs) of recorded safe steps that lie on this machine, or None: --data FILE, DSRL's, driven."""
+    found = [Path(cfg.data)] if cfg.data not in ("auto", "dsrl", "driver") else [
+        *(Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser().glob(f"Safety{cfg.task}Gym*.hdf5")),
+        *(proco.CACHE / "driver").glob(f"{cfg.task}-{proco.DRIVER}-*.hdf5")]
+    if not found:
+        return None
+    arrays, _ = proco.load_data(found[0], proco.get_task(cfg.task), cfg.max_episode_cost)
+    return arrays["observations"], arrays["actions"], arrays["next_observations"]

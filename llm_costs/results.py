@@ -218,13 +218,22 @@ def warning_table(agent, cost, rows, steps=(1, 5, 10, 20)):
              times[outside] <= k), float((times[outside] <= k).mean())) for k in steps]
 
 
+def print_dynamics(report, margin):
+    """The dynamics report as a table."""
+    print("   block      R^2 of the change   error after 1 / 5 / 10 / 15 steps          'nothing changes'")
+    for name, row in report.items():
+        errors, still = ("  ".join(f"{v:8.4f}" for v in row[key]) for key in ("error", "nothing_changes"))
+        print(f"   {name:<10} {row['r2']:12.4f}   {errors}   {still}")
+    print(f"   margin of the conservative cost: {margin:.4f}")
+
+
 def diagnose(folder, episodes=20):
     """What a run's feasibility value knows, before any policy is believed: its AUC against that of the plain distance
     on episodes of the cloned policy, the policy with and without its filter, and the dynamics report."""
     saved = proco.load_checkpoint(Path(folder) / "checkpoint.pt")
     cfg = proco.Config(**saved["config"])
     if saved["report"]:
-        proco.print_dynamics(saved["report"], saved["margin"])
+        print_dynamics(saved["report"], saved["margin"])
     rows = {kind: proco.evaluate(folder, cfg.task, episodes, behaviour=kind) for kind in ("clone", "bare", "filter", "policy")}
     for kind, words in (("clone", "the cloned policy"), ("bare", "the bare actor"), ("filter", "actor and filter"),
                         ("policy", "with look-ahead")):
