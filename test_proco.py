@@ -282,11 +282,15 @@ def test_the_fast_reset_drives_the_same_path_as_the_stock_one(simulator, monkeyp
     assert np.array_equal(fast, roll())
 
 
-def test_fast_steps_drive_the_same_path_as_stock_ones(simulator, monkeypatch):
+def test_fast_steps_and_layouts_are_the_stock_ones(simulator, monkeypatch):
     from safety_gymnasium.assets.mocaps import gremlins
-    source, stock = ast.parse(Path(gremlins.__file__).read_text()), dict(np=np)
-    move = [node for node in ast.walk(source) if getattr(node, "name", "") == "move"]       # as the package has it
-    exec(compile(ast.Module(move, []), gremlins.__file__, "exec"), stock)
+    from safety_gymnasium.utils import random_generator
+
+    def stock(module, name):                                        # as the package has it
+        source, names = ast.parse(Path(module.__file__).read_text()), dict(np=np)
+        found = [node for node in ast.walk(source) if getattr(node, "name", "") == name]
+        exec(compile(ast.Module(found, []), module.__file__, "exec"), names)
+        return names[name]
     actions = np.random.default_rng(2).uniform(-1, 1, (40, 2))
 
     def roll(env):
@@ -296,7 +300,8 @@ def test_fast_steps_drive_the_same_path_as_stock_ones(simulator, monkeypatch):
             rows.append(np.append(obs, [reward, cost]))
         return np.concatenate(rows)
     fast = roll(proco.make_env.__wrapped__("PointButton1"))
-    monkeypatch.setattr(gremlins.Gremlins, "move", stock["move"])
+    monkeypatch.setattr(gremlins.Gremlins, "move", stock(gremlins, "move"))
+    monkeypatch.setattr(random_generator.RandomGenerator, "sample_layout", stock(random_generator, "sample_layout"))
     assert np.array_equal(fast, roll(simulator.make("SafetyPointButton1-v0")))  # with its check of every observation, too
 
 
@@ -2187,3 +2192,118 @@ def test_nobody_there_unknown_tasks_and_bad_folders_are_told_at_once(server, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(ProcoError, match="can't write"):
         fetch_dsrl("CarButton1", tmp_path / "file" / "cache", server.url)
+
+
+# =====================================================================================================================
+# python test_proco.py --bench: how fast each step is, and next to what the machine could do
+# =====================================================================================================================
+
+
+def plain_td3bc(learner):
+    """TD3+BC as it is usually written: a module a network, twins one after the other, Adam without fusion; with the
+    widths, the batch and the features of `learner` -> one update of critics and actor, as a function of a batch."""
+    cfg, agent, nn = learner.cfg, learner.agent, torch.nn
+    width, acts = agent.features(learner.data["state"][:1]).shape[-1], learner.task.act_dim
+    net = lambda i, o: nn.Sequential(nn.Linear(i, cfg.hidden), nn.ReLU(), nn.Linear(cfg.hidden, cfg.hidden), nn.ReLU(),
+                                     nn.Linear(cfg.hidden, o))
+    actor, q1, q2, slow1, slow2 = net(width, acts), *(net(width + acts, 1) for _ in range(4))
+    critics = torch.optim.Adam([*q1.parameters(), *q2.parameters()], 3e-4, foreach=False)
+    actors, gamma = torch.optim.Adam(actor.parameters(), 3e-4, foreach=False), cfg.gamma ** learner.task.repeat
+
+    def update(d):
+        state, action, following = agent.features(d["state"]), d["action"], agent.features(d["next_state"])
+        with torch.no_grad():
+            noise = (0.2 * torch.randn_like(action)).clamp(-0.5, 0.5)
+            pair = torch.cat([following, (torch.tanh(actor(following)) + noise).clamp(-1, 1)], -1)
+            target = d["reward"][:, None] + gamma * (1 - d["done"][:, None]) * torch.min(slow1(pair), slow2(pair))
+        pair = torch.cat([state, action], -1)
+        loss = torch.nn.functional.mse_loss(q1(pair), target) + torch.nn.functional.mse_loss(q2(pair), target)
+        critics.zero_grad()
+        loss.backward()
+        critics.step()
+        pi = torch.tanh(actor(state))
+        q = q1(torch.cat([state, pi], -1))
+        loss = -q.mean() / q.abs().mean().detach() + torch.nn.functional.mse_loss(pi, action)
+        actors.zero_grad()
+        loss.backward()
+        actors.step()
+        for net, slow in ((q1, slow1), (q2, slow2)):
+            for fast, late in zip(net.parameters(), slow.parameters()):
+                late.data.copy_(0.02 * fast.data + 0.98 * late.data)
+    return update
+
+
+def bench(name="PointGoal1"):
+    """Prints a table: for each step its milliseconds (median of 5 rounds), its operations, and the rate they make beside
+    that of a large matrix product on the same threads."""
+    from torch.utils.flop_counter import FlopCounterMode
+    median = lambda times: sorted(times)[len(times) // 2]
+
+    def timed(work, count):
+        work()
+        rounds = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            for _ in range(count):
+                work()
+            rounds.append((time.perf_counter() - begin) / count)
+        return median(rounds)
+
+    big = torch.randn(1024, 1024)
+    rate = 2 * 1024 ** 3 / timed(lambda: big @ big, 10)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, matrix product {rate / 1e9:.0f} GFLOP/s\n")
+    print("| step | ms | MFLOP | share of the matrix product's rate |\n| --- | --- | --- | --- |")
+
+    def row(words, work, count=30):
+        seconds = timed(work, count)
+        with FlopCounterMode(display=False) as counter:
+            work()
+        flops = counter.get_total_flops()
+        print(f"| {words} | {1e3 * seconds:.2f} | {flops / 1e6:.0f} | {flops / seconds / rate:.0%} |", flush=True)
+        return seconds
+
+    task, cost = get_task(name), load_cost(name)
+    cfg = proco.Config(task=name, data="driver", driver_episodes=6, ensemble=7, device="cpu", rollouts=6000)
+    arrays, _ = proco.load_data(proco.find_data(cfg)[1], task)
+    data = proco.to_device(arrays, task, cost, "cpu")
+    quick = dataclasses.replace(cfg, scale=1 / cfg.model_epochs)                # one epoch
+    begin = time.perf_counter()
+    model = proco.train_dynamics(data, task, quick, gen())
+    print(f"| dynamics, one epoch of {len(data['state'])} rows | {1e3 * (time.perf_counter() - begin):.0f} | | |")
+    learner = proco.Learner(cfg, task, data, cost, model, 0.02)
+    row("clone update", learner.clone_update)
+    learner.step = learner.clone_updates
+    begin = time.perf_counter()
+    learner.roll_out()
+    print(f"| roll-outs, per 1000 rows of D_cf | {1e6 * (time.perf_counter() - begin) / len(learner.cf['state']):.0f} | | |")
+
+    def at(step, learner=learner):
+        learner.step = learner.clone_updates + step
+        learner.update()
+    row("feasibility update", lambda: at(1))
+    row("feasibility, critics and policy update", lambda: at(learner.alone + 2))
+    agent, obs = learner.agent, arrays["observations"][:10]
+    object.__setattr__(agent, "model", model)
+    row("look-ahead for 10 agents", lambda: agent.act(obs), 5)
+    row("the same, a decision under way", lambda: agent.act(obs, np.zeros((10, task.act_dim), np.float32)))
+
+    alone = proco.Learner(dataclasses.replace(cfg, method="td3bc"), task, data, cost, None, 0.02)
+    usual, batch = plain_td3bc(alone), {key: values[:cfg.batch] for key, values in alone.data.items()}
+    ratios = []
+    for _ in range(5):                                                          # in turn: the machine's moods hit both
+        pair = [timed(work, 30) for work in (lambda: at(2, alone), lambda: usual(batch))]
+        ratios.append(pair[1] / pair[0])
+    print(f"| td3bc update, critics and actor | {1e3 * pair[0]:.2f} | | |")
+    print(f"| the same as separate modules with plain Adam | {1e3 * pair[1]:.2f} | | |")
+    print(f"\na td3bc update is {median(ratios):.2f} times as fast as with separate modules (5 rounds: "
+          f"{min(ratios):.2f} to {max(ratios):.2f})")
+    for name in (name, "CarButton1"):
+        env = proco.make_env(name)
+        reset = timed(lambda: env.reset(seed=0), 1)
+        print(f"{name}: reset {1e3 * reset:.0f} ms, {1 / timed(lambda: env.step(np.array([0.5, 0.3])), 60):.0f} steps/s a process")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--bench"]:
+        sys.exit("usage: python test_proco.py --bench, or python -m pytest -q")
+    bench()

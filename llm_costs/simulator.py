@@ -1,6 +1,7 @@
 """Safety-Gymnasium as it can be imported and run fast. No part of PROCO."""
 import copy
 import dataclasses
+import math
 import sys
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ def import_simulator():
         import safety_gymnasium.builder
         import safety_gymnasium.world as world
         from safety_gymnasium.assets.mocaps.gremlins import Gremlins
+        from safety_gymnasium.utils.random_generator import RandomGenerator
     except ImportError as error:
         raise ProcoError(f"the simulator can't be imported ({error}); install it with the README's two pip lines")
     finally:
@@ -48,5 +50,21 @@ def import_simulator():
             gremlins.slots = [model.body_mocapid[model.body(f"gremlin{i}mocap").id] for i in range(gremlins.num)]
         data.mocap_pos[gremlins.slots] = [*(np.array([np.sin(phase), np.cos(phase)]) * gremlins.travel), gremlins.size]
 
+    def sample_layout(generator):               # the same draws; the stock one asks numpy for each of 60,000 distances
+        layout, taken, margin = {}, [], generator.placements_margin
+        for name, (placements, keepout) in generator.placements.items():
+            for _ in range(100):
+                place = generator.draw_placement(placements, keepout)
+                x, y = place.tolist()
+                if all(math.sqrt((x - u) * (x - u) + (y - v) * (y - v)) >= k + margin + keepout for u, v, k in taken):
+                    break
+            else:
+                return False
+            layout[name] = place
+            taken.append((x, y, keepout))
+        generator.layout = layout
+        return True
+
+    RandomGenerator.sample_layout = sample_layout
     world.yaml, Gremlins.move = SimpleNamespace(load=load, FullLoader=yaml.FullLoader), move
     return safety_gymnasium
