@@ -22,6 +22,7 @@ copies the drivers and crashes a little off their tracks. PROCO makes up the cra
     python proco.py --task CarButton1              # everything from data to scores; results under runs/
     python proco.py --task DoubleIntegrator        # one minute, no simulator needed, closed form known
     python proco.py --task PointGoal1 --method bc  # what plain cloning does on the same data
+    python proco.py --compare bc,td3bc-lag,proco --seeds 5 --tasks PointGoal1,CarGoal1
     python proco.py --diagnose runs/PointGoal1/proco/seed0
 
 Legend for shapes: E members, B batch, T time, H horizon, S state, A action, O observation, M candidates, N objects.
@@ -316,6 +317,8 @@ def make_env(name):
 
 
 # ==== 1. Data: exclusively safe episodes =============================================================================
+# Every episode that is kept is safe from its first step to its last. Whoever learns from D alone meets no danger anywhere,
+# and so learns of none: the costs in D are all zero.
 
 KEYS = "observations next_observations actions rewards costs terminals timeouts".split()
 CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
@@ -451,6 +454,8 @@ def to_device(arrays, task, cost, device):
 
 
 # ==== 2. Dynamics: a probabilistic ensemble on the decoded state =====================================================
+# What would have happened. The members differ in their first weights and in the order of the data; where they agree the
+# model is believed, where they differ a roll-out ends.
 
 
 class Mlp(nn.Module):
@@ -705,6 +710,8 @@ def dynamics_report(model, data, steps=(1, 5, 10, 15)):
     return report
 
 # ==== 3. Cost: a predicate written by a language model, which nobody has to trust ====================================
+# What may not happen, in words, turned into code that reads an observation. The data need no labels for it, and the model's
+# states can be judged as well as recorded ones.
 
 
 @functools.lru_cache
@@ -786,6 +793,8 @@ def model_margin(model, cost, data):
 
 
 # ==== 4. Counterfactual roll-outs: what did not happen ===============================================================
+# Steps 2 and 3 together make what D lacks. A roll-out that ends in a violation is an unsafe sample; the steps before it that
+# no action could have saved are infeasible ones, which look as harmless as any: step 5 tells them apart.
 
 LINGER = 20     # steps that a roll-out goes on after its first violation: leaving danger must be learnt, too
 MOTION = 3      # the first sensors of a state with lidars: velocity x, y and yaw rate
@@ -859,6 +868,8 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
 
 
 # ==== 5. Feasibility: which states and actions still allow safety ====================================================
+# V_f(s) = gamma_f^k: a violation k steps ahead that nobody can avoid any more. V_f(s) = 0: somebody can stay safe for ever.
+# Between the two lies eps; the boundary V_f = eps is what report.png draws in white.
 
 
 # ASSUMED: what a plan pays for leaving the cloned policy. With less an agent stands still less often, and errs more.
@@ -1048,6 +1059,8 @@ def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator)
 
 
 # ==== 6. Policy: an offline algorithm, on D and, with PROCO, on D_cf ==================================================
+# All algorithms share networks, data and updates, and differ in one function: lagrangian_loss, fisor_loss, cpq_loss. Each
+# runs on D alone, or with PROCO under it on D and D_cf, which with_counterfactuals joins.
 
 CPQ_LIMIT = 0.1         # ASSUMED: Q_c, in [0, 1], above which CPQ calls an action unsafe: a tenth of its future in danger
 
@@ -1152,6 +1165,7 @@ def dual_step(agent, violation, tolerance=0.003):
 
 
 # ==== 7. Evaluation in the simulator =================================================================================
+# The last weights, never the best ones; the same episode seeds for every method; nothing of the model's world is trusted.
 
 
 def seen_from_above(env):

@@ -53,9 +53,9 @@ def keep_paths(folder, name, rows, agent):
     kept, cost = {}, proco.load_cost(name)
     for n, row in enumerate(rows[:8]):
         obs = np.stack(row.obs)
-        seen = torch.as_tensor(obs)
+        seen, actions = torch.as_tensor(obs), torch.as_tensor(np.stack(row.actions))
         kept |= {f"path{n}": row.path, f"costs{n}": row.costs, f"dangers{n}": row.dangers,
-                 f"value{n}": agent.feasibility(obs), f"gap{n}": proco.danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy()}
+                 f"value{n}": agent.feasibility(obs), f"gap{n}": proco.danger_distance(cost, seen, actions, seen).numpy()}
     with proco.whole(folder / "paths.npz") as part, open(part, "wb") as file:
         np.savez_compressed(file, count=len(rows[:8]), **{key: np.asarray(value, np.float32) for key, value in kept.items()})
 
