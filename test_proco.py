@@ -1602,6 +1602,40 @@ def test_planned_decisions_are_held_for_as_long_as_in_training(plans, fresh, mon
     assert (len({float(a[0]) for a in row.actions[:9]}) == len(fresh)) and (not plans or row.actions[4] == row.actions[3])
 
 
+def test_whole_hdf5_files_are_told_from_others(tmp_path):
+    with h5py.File(tmp_path / "whole.hdf5", "w") as file:
+        file["rewards"] = np.zeros(5000)
+    (tmp_path / "cut.hdf5").write_bytes((tmp_path / "whole.hdf5").read_bytes()[:-100])
+    (tmp_path / "page.hdf5").write_text("<html>moved</html>")
+    assert [fetch.is_hdf5(tmp_path / f"{name}.hdf5") for name in ("whole", "cut", "page", "none")] == [True, False, False, False]
+
+
+def test_recorded_steps_come_from_the_file_or_the_cache_or_not_at_all(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(proco, "CACHE", tmp_path)
+    monkeypatch.setenv("DSRL_DATASET_DIR", str(tmp_path))
+    assert proco.recorded_steps(small()) is None
+    path = proco.drive_data("DoubleIntegrator", 3)
+    for cfg in (small(), small(data=str(path))):
+        obs, action, after = proco.recorded_steps(cfg)
+        assert obs.shape == after.shape == (300, 2) and action.shape == (300, 1) and np.array_equal(obs[1], after[0])
+
+
+def test_interrupts_are_noted_and_then_handled_as_before():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with proco.interruptible() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert asked == [signal.SIGINT, signal.SIGTERM]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_warnings_are_loud_and_kept(capsys):
+    proco.WARNINGS.clear()
+    proco.warn("other data")
+    assert proco.WARNINGS == ["other data"] and "WARNING: other data" in capsys.readouterr().err
+
+
 def test_bootstrap_intervals():
     assert (results.resampled(np.full((3, 4, 1), 7.0)) == 7).all()                # nothing varies, nothing is uncertain
     values = np.random.default_rng(1).normal(size=(1, 400, 2)) * [1, 5]
