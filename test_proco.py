@@ -284,6 +284,7 @@ def test_the_fast_reset_drives_the_same_path_as_the_stock_one(simulator, monkeyp
 
 def test_fast_steps_and_layouts_are_the_stock_ones(simulator, monkeypatch):
     from safety_gymnasium.assets.mocaps import gremlins
+    from safety_gymnasium.bases import base_task
     from safety_gymnasium.utils import random_generator
 
     def stock(module, name):                                        # as the package has it
@@ -302,6 +303,7 @@ def test_fast_steps_and_layouts_are_the_stock_ones(simulator, monkeypatch):
     fast = roll(proco.make_env.__wrapped__("PointButton1"))
     monkeypatch.setattr(gremlins.Gremlins, "move", stock(gremlins, "move"))
     monkeypatch.setattr(random_generator.RandomGenerator, "sample_layout", stock(random_generator, "sample_layout"))
+    monkeypatch.setattr(base_task.BaseTask, "_obs_lidar_pseudo", stock(base_task, "_obs_lidar_pseudo"))
     assert np.array_equal(fast, roll(simulator.make("SafetyPointButton1-v0")))  # with its check of every observation, too
 
 
