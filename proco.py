@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-sys.modules.setdefault("proco", sys.modules[__name__])                         # so that these find it when it is a script
+sys.modules.setdefault("proco", sys.modules[__name__])              # so that these find it when it is run as a script
 from llm_costs import driver, language
 from llm_costs.fetch import dsrl_infos, fetch_dsrl, recorded_steps
 from llm_costs.language import CostError, ProcoError
@@ -85,7 +85,7 @@ class Config:
                             "simulator's own rule, for Goal1, Push1, Circle and velocity)")
     margin: float = knob(-1.0, "widens the danger, in its own unit (m, m/s); negative: twice the model's own error")
     # 4 counterfactual roll-outs
-    horizon: int = knob(36, "steps of a counterfactual roll-out, 6 a decision for a Point, 3 for a Car; 0: none, ablation")
+    horizon: int = knob(36, "steps of a counterfactual roll-out, 6 a decision for a Point, 3 for a Car; 0: none")
     rollouts: int = knob(40_000, "counterfactual roll-outs in the whole run")
     # 5 feasibility
     gamma_f: float = knob(0.97, "discount of the feasibility value: gamma_f^k, k steps before what can't be avoided")
@@ -307,18 +307,18 @@ def make_env(name):
     simulator = import_simulator()
     try:
         env = simulator.make(f"Safety{name}-v{1 if name in VELOCITY else 0}")
-        if name not in VELOCITY:                # whether each observation is in its space takes a tenth of a step to ask
+        if name not in VELOCITY:                # to ask whether each observation is in its space takes long
             env.unwrapped.task.obs_info.obs_space_dict.contains = lambda obs: True
         return env
     except ValueError as error:                 # mujoco 3 reads no model in global coordinates
         why, version = " ".join(str(error).split())[:80], importlib.metadata.version("mujoco")
-        raise ProcoError(f"mujoco {version} can't load {name} ({why}); use Python 3.10 or 3.11, where mujoco 2.3 can be "
-                         "had") from None
+        raise ProcoError(f"mujoco {version} can't load {name} ({why}); use Python 3.10 or 3.11, where mujoco 2.3 can "
+                         "be had") from None
 
 
 # ==== 1. Data: exclusively safe episodes =============================================================================
-# Every episode that is kept is safe from its first step to its last. Whoever learns from D alone meets no danger anywhere,
-# and so learns of none: the costs in D are all zero.
+# Every episode that is kept is safe from its first step to its last. Whoever learns from D alone meets no danger
+# anywhere, and so learns of none: the costs in D are all zero.
 
 KEYS = "observations next_observations actions rewards costs terminals timeouts".split()
 CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
@@ -326,8 +326,8 @@ WORKERS = os.cpu_count() or 1
 
 
 def make_driver(name, rng):
-    """The scripted driver of one episode: act(obs (O,)) -> action (2,) in [-1, 1]. It makes data where none can be had, is
-    no part of the method, and so lives beside the predicates, in llm_costs/driver.py."""
+    """The scripted driver of one episode: act(obs (O,)) -> action (2,) in [-1, 1]. It makes data where none can be had,
+    is no part of the method, and so lives beside the predicates, in llm_costs/driver.py."""
     return driver.make_driver(name, rng, LIDARS, locate)
 
 
@@ -398,7 +398,8 @@ def load_data(path, task, max_episode_cost=0.0):
         count = len(file["rewards"])
         for key, width in zip(KEYS, [(task.obs_dim,)] * 2 + [(task.act_dim,)] + [()] * 4):
             if file[key].shape != (count, *width):
-                raise ProcoError(f"{key} in {path} has the shape {file[key].shape}; {task.name} needs {(count, *width)}")
+                raise ProcoError(f"{key} in {path} has the shape {file[key].shape}; {task.name} needs "
+                                 f"{(count, *width)}")
         try:
             rewards, costs, terminals, timeouts = (file[key][:].astype(np.float32) for key in KEYS[3:])
             for key, array in zip(KEYS[3:], (rewards, costs, terminals, timeouts)):
@@ -412,10 +413,10 @@ def load_data(path, task, max_episode_cost=0.0):
             total = np.bincount(episode[whole_rows], costs[whole_rows], len(ends))
             kept = np.flatnonzero(whole_rows & np.isin(episode, np.flatnonzero(total <= max_episode_cost)))
             if not len(kept):
-                raise ProcoError(f"none of the {len(ends)} episodes in {path} has at most {max_episode_cost:g} violations"
-                                 f" (the safest has {total.min():g}); allow more with --max-episode-cost")
+                raise ProcoError(f"none of the {len(ends)} episodes in {path} has at most {max_episode_cost:g} "
+                                 f"violations (the safest has {total.min():g}); allow more with --max-episode-cost")
             gaps = np.flatnonzero(np.diff(kept) > 1) + 1                        # contiguous pieces: fast to read, and
-            bounds = np.unique([*gaps, *range(0, len(kept), 65_536), len(kept)])    # small ones: nothing lies there twice
+            bounds = np.unique([*gaps, *range(0, len(kept), 65_536), len(kept)])    # small: no row lies there twice
             arrays = {key: np.empty((len(kept), *file[key].shape[1:]), np.float32) for key in KEYS[:3]}
             for key, array in arrays.items():
                 for low, high in zip(bounds, bounds[1:]):
@@ -496,8 +497,8 @@ class Dynamics(nn.Module):
         self.register_buffer("closest", torch.zeros(self.kinds))
 
     def means(self, sensors, action, members=slice(None)):
-        """sensors (B, s), action (B, A) -> the sensors' change (E, B, s), maps (E, B, kinds, 2, 3), and what the logarithms
-        of their variances are made from (E, B, s + kinds); in standardised units."""
+        """sensors (B, s), action (B, A) -> the sensors' change (E, B, s), maps (E, B, kinds, 2, 3), and what the
+        logarithms of their variances are made from (E, B, s + kinds); in standardised units."""
         out = self.net(torch.cat([(sensors - self.mean) / self.std, action], -1), members)
         delta, maps, blur = out.split([len(self.mean), 6 * self.kinds, len(self.mean) + self.kinds], -1)
         return delta, maps.unflatten(-1, (self.kinds, 2, 3)), blur
@@ -532,8 +533,8 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def hold(self, state, action, steps):
-        """The best elite's mean state after some steps of one held action: state (B, S), action (B, A) -> (B, S). As the
-        maps depend on sensors and action alone, things are moved once, by the product of the maps."""
+        """The best elite's mean state after some steps of one held action: state (B, S), action (B, A) -> (B, S). As
+        the maps depend on sensors and action alone, things are moved once, by the product of the maps."""
         size, lidars = len(self.task.sensors), self.task.lidars
         sensors, scale, best = state[:, :size], self.shift[:, None, None], int(self.elites[0])
         whole = torch.eye(2, 3, device=state.device).expand(len(state), self.kinds, 2, 3)           # x -> whole (x, 1)
@@ -555,7 +556,7 @@ class Dynamics(nn.Module):
         return (nearest(state, self.task) >= self.closest).all(-1)
 
     def disagreement(self, nexts):
-        """How far the elites' predictions of the sensors lie apart: nexts (E, B, S) -> (B,), in standardised changes."""
+        """How far apart the elites' predictions of the sensors lie, in usual changes: nexts (E, B, S) -> (B,)."""
         return (nexts[..., :len(self.task.sensors)].std(0) / self.change).amax(-1)
 
 
@@ -681,8 +682,8 @@ def object_slices(task):
 
 @torch.no_grad()
 def dynamics_report(model, data, steps=(1, 5, 10, 15)):
-    """How wrong the model is, per block, on the held-out episodes, next to the predictor "nothing changes". Blocks are the
-    sensors and, of each lidar, the nearest distance: the part of it that is exact and that costs depend on.
+    """How wrong the model is, per block, on the held-out episodes, next to the predictor "nothing changes". Blocks are
+    the sensors and, of each lidar, the nearest distance: the part of it that is exact and that costs depend on.
 
     -> {block: {"r2": one-step R^2 of the change, "error": [root mean square after k open-loop steps of the mean
     member, in the block's unit], "nothing_changes": [the same of the start]}}"""
@@ -699,7 +700,8 @@ def dynamics_report(model, data, steps=(1, 5, 10, 15)):
         if k + 1 not in steps:
             continue
         for name, part in parts.items():
-            true, row = part(data["next_state"][starts + k]), report.setdefault(name, dict(error=[], nothing_changes=[]))
+            row = report.setdefault(name, dict(error=[], nothing_changes=[]))
+            true = part(data["next_state"][starts + k])
             keep = ((true - part(first)).abs().amax(-1) < 0.06 * (k + 1)) if name != "sensors" else slice(None)
             wrong, moved = (part(state) - true)[keep], (true - part(first))[keep]
             row["error"].append(float(wrong.square().mean().sqrt()))
@@ -710,15 +712,15 @@ def dynamics_report(model, data, steps=(1, 5, 10, 15)):
     return report
 
 # ==== 3. Cost: a predicate written by a language model, which nobody has to trust ====================================
-# What may not happen, in words, turned into code that reads an observation. The data need no labels for it, and the model's
-# states can be judged as well as recorded ones.
+# What may not happen, in words, turned into code that reads an observation. The data need no labels for it, and the
+# model's states can be judged as well as recorded ones.
 
 
 @functools.lru_cache
 def load_cost(name):
-    """The cost predicate of a task: cost(obs (..., O), action (..., A), next_obs (..., O), margin=0.0) -> (...) of 0. and
-    1. for next_obs, `margin` widening the danger in its own unit (m, m/s). Read from llm_costs/<name>.py, compiled and
-    checked. Raises CostError. # FORK: a cost of your own goes here."""
+    """The cost predicate of a task: cost(obs (..., O), action (..., A), next_obs (..., O), margin=0.0) -> (...) of 0.
+    and 1. for next_obs, `margin` widening the danger in its own unit (m, m/s). Read from llm_costs/<name>.py, compiled
+    and checked. Raises CostError. # FORK: a cost of your own goes here."""
     try:
         return compile_cost((HERE / "llm_costs" / f"{name}.py").read_text(), name)
     except OSError:
@@ -729,7 +731,7 @@ def compile_cost(text, name, data=None):
     """A predicate's source, which may be a stranger's -> the callable that load_cost describes.
 
     Nothing of it runs before its syntax tree has passed a whitelist; then it has to give 0 or 1 for each row, the same
-    twice, monotone in the margin, on made-up steps and on `data`, (obs, action, next_obs) as recorded. Raises CostError.
+    twice, monotone in the margin, on made-up steps and on `data`, recorded (obs, action, next_obs). Raises CostError.
     A call costs some milliseconds beside its tensor work, so large batches are cheap and small ones are not."""
     return language.compile_cost(text, get_task(name), data)
 
@@ -769,8 +771,8 @@ def conservative_cost(model, cost, state, action, nexts, margin):
 
 @torch.no_grad()
 def caution_shares(model, cost, state, action, margin):
-    """What makes the cost conservative: of the rows (B, S), (B, A) that it calls unsafe, the shares that only the margin
-    and only a minority of the elites call so -> (share unsafe, share by the margin, share by a minority)."""
+    """What makes the cost conservative: of the rows (B, S), (B, A) that it calls unsafe, the shares that only the
+    margin and only a minority of the elites call so -> (share unsafe, share by the margin, share by a minority)."""
     obs, nexts = decode(state, model.task), decode(model.step(state, action), model.task)
     wide, plain = (cost(obs, action, nexts, m) for m in (margin, 0.0))                            # (E, B)
     unsafe = wide.amax(0) > 0
@@ -793,8 +795,9 @@ def model_margin(model, cost, data):
 
 
 # ==== 4. Counterfactual roll-outs: what did not happen ===============================================================
-# Steps 2 and 3 together make what D lacks. A roll-out that ends in a violation is an unsafe sample; the steps before it that
-# no action could have saved are infeasible ones, which look as harmless as any: step 5 tells them apart.
+# Steps 2 and 3 together make what D lacks. A roll-out that ends in a violation is an unsafe sample; the steps
+# before it that no action could have saved are infeasible ones, which look as harmless as any: step 5 tells them
+# apart.
 
 LINGER = 20     # steps that a roll-out goes on after its first violation: leaving danger must be learnt, too
 MOTION = 3      # the first sensors of a state with lidars: velocity x, y and yaw rate
@@ -824,9 +827,9 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
     cost (B, k), one a step of the decision, and risky. # FORK: other behaviours go here.
 
     Members predict with their means, one elite is drawn for each roll-out (noise on every position would make the
-    nearest of many look nearer than it is), and so is a direction of what moves by itself; the conservative cost labels;
-    cut is what lies past the model's limit of disagreement, where something would be redrawn, or LINGER steps past the
-    first violation. Five behaviours, a fifth of the roll-outs each: the policy with noise, one held random action,
+    nearest of many look nearer than it is), and so is a direction of what moves by itself; the conservative cost
+    labels; cut is what lies past the model's limit of disagreement, where something would be redrawn, or LINGER steps
+    past the first violation. Five behaviours, a fifth of the roll-outs each: the policy with noise, one held random action,
     random actions, the action that Q_f fears most, and the one it fears least."""
     count, device = len(starts), starts.device
     draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
@@ -868,8 +871,8 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
 
 
 # ==== 5. Feasibility: which states and actions still allow safety ====================================================
-# V_f(s) = gamma_f^k: a violation k steps ahead that nobody can avoid any more. V_f(s) = 0: somebody can stay safe for ever.
-# Between the two lies eps; the boundary V_f = eps is what report.png draws in white.
+# V_f(s) = gamma_f^k: a violation k steps ahead that nobody can avoid any more. V_f(s) = 0: somebody can stay safe
+# for ever. Between the two lies eps; the boundary V_f = eps is what report.png draws in white.
 
 
 # ASSUMED: what a plan pays for leaving the cloned policy. With less an agent stands still less often, and errs more.
@@ -938,7 +941,7 @@ class Agent(nn.Module):
         """The policy with its feasibility filter: state (B, S) -> (B, A).
 
         Like FISOR, which takes the safest of 16 sampled actions, the actor proposes and Q_f chooses: of `count`
-        candidates the nearest to the proposal among those with Q_f <= eps; if there is none, the one with the least Q_c.
+        candidates the nearest to the proposal among those with Q_f <= eps; if there is none, that with the least Q_c.
         Choosing by Q_r instead finds its errors: it fell from 48 to 15 on PointCircle1."""
         proposal, count = self.propose(state), self.candidates if count is None else count
         if count == 0:
@@ -961,8 +964,8 @@ class Agent(nn.Module):
             gamma^t Q_r(end) / |Q_r| - PLAN_CLONE sum over its decisions of gamma^t (a - clone(s))^2
 
         is begun: TD3+BC's objective, for plans. Where none is left, choose() decides.
-        # DEVIATION: PROCO's policy does not plan. But steering around a hazard is no smooth function of one observation:
-        clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
+        # DEVIATION: PROCO's policy does not plan. But steering around a hazard is no smooth function of one
+        observation: clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
         generator, batch = generator or torch.Generator(state.device).manual_seed(0), len(state)
         draw = lambda *shape: torch.rand(*shape, generator=generator, device=state.device)
         options = candidate_actions(self.propose(state), self.candidates, generator)              # (M, B, A)
@@ -972,7 +975,7 @@ class Agent(nn.Module):
                              (3 * draw(count, 1, size)).floor() - 1)
         switch = 1 + draw(2 * count, 1) * (self.look_ahead - 1)
         switch[count::2] = self.look_ahead                                                        # held throughout
-        flat = lambda x: x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)                          # (., B, .) -> (rows, .)
+        flat = lambda x: x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)                        # (., B, .) -> (rows, .)
         first, second, switch = flat(options.repeat(2, 1, 1)), flat(second), flat(switch)[:, None]
         safe = (self.danger(state, options)[..., 0] <= self.eps).repeat(2, 1).flatten()
         here, alive, away = state.repeat(2 * count, 1), torch.ones_like(safe), torch.zeros_like(first[:, 0])
@@ -1059,10 +1062,10 @@ def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator)
 
 
 # ==== 6. Policy: an offline algorithm, on D and, with PROCO, on D_cf ==================================================
-# All algorithms share networks, data and updates, and differ in one function: lagrangian_loss, fisor_loss, cpq_loss. Each
-# runs on D alone, or with PROCO under it on D and D_cf, which with_counterfactuals joins.
+# All algorithms share networks, data and updates, and differ in one function: lagrangian_loss, fisor_loss,
+# cpq_loss. Each runs on D alone, or with PROCO under it on D and D_cf, which with_counterfactuals joins.
 
-CPQ_LIMIT = 0.1         # ASSUMED: Q_c, in [0, 1], above which CPQ calls an action unsafe: a tenth of its future in danger
+CPQ_LIMIT = 0.1     # ASSUMED: Q_c, in [0, 1], above which CPQ calls an action unsafe: a tenth of its future in danger
 
 
 def with_counterfactuals(agent, d, cf):
@@ -1070,8 +1073,8 @@ def with_counterfactuals(agent, d, cf):
 
     d, cf: dicts of state, action, next_state, cost (B, .); cf None for an algorithm alone. -> the same rows with
     driver (B, A), what somebody sensible did there, and trust (B,), how far to follow that. On D_cf, where nobody
-    drove, the cloned policy stands in at half the weight (ASSUMED). Without it the actor follows Q_r's errors where there
-    is no record: PointCircle1 fell from 48 to 32."""
+    drove, the cloned policy stands in at half the weight (ASSUMED). Without it the actor follows Q_r's errors where
+    there is no record: PointCircle1 fell from 48 to 32."""
     rows = dict(d, driver=d["action"], trust=torch.ones_like(d["action"][:, 0]))
     if cf is None:
         return rows
@@ -1081,8 +1084,8 @@ def with_counterfactuals(agent, d, cf):
 
 
 def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, generator, limit=None):
-    """TD3's twin critics (Fujimoto et al. 2018) on D, with smoothed target actions; reward and done (B,). CPQ (Xu et al.
-    2022) counts what follows only where the next action's Q_c is within a limit."""
+    """TD3's twin critics (Fujimoto et al. 2018) on D, with smoothed target actions; reward and done (B,). CPQ (Xu et
+    al. 2022) counts what follows only where the next action's Q_c is within a limit."""
     with torch.no_grad():
         noise = 0.2 * torch.randn(action.shape, generator=generator, device=action.device)
         following = (agent.propose(next_state) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
@@ -1094,8 +1097,8 @@ def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, ge
 
 
 def penalty(agent, state, driver, generator):
-    """CPQ's penalised cost critic: Q_c of actions that nobody takes is pushed up. # DEVIATION: far from the driver's action
-    is what CPQ measures with a variational auto-encoder."""
+    """CPQ's penalised cost critic: Q_c of actions that nobody takes is pushed up. # DEVIATION: far from the driver's
+    action is what CPQ measures with a variational auto-encoder."""
     action = 2 * torch.rand(driver.shape, generator=generator, device=driver.device) - 1
     unusual = ((action - driver).square().mean(-1) > 0.25).float()
     q_c = agent.q_s(torch.cat([agent.features(state), action], -1))[..., 1]                       # (2, B)
@@ -1141,8 +1144,8 @@ def fisor_loss(agent, rows, features, pi, gain, clone, cfg):
     # DEVIATION: a deterministic actor instead of a diffusion model, A_r against the policy instead of an expectile."""
     with torch.no_grad():
         driven = torch.cat([features, rows["driver"]], -1)
-        better = (agent.q_r(driven).amin(0)[:, 0] - agent.q_r(torch.cat([features, pi], -1)).amin(0)[:, 0]) / agent.q_scale
-        weight = (3 * better).exp().clamp(max=20) * (agent.q_s(driven).amax(0)[:, 0] <= agent.eps)
+        better = agent.q_r(driven).amin(0)[:, 0] - agent.q_r(torch.cat([features, pi], -1)).amin(0)[:, 0]
+        weight = (3 * better / agent.q_scale).exp().clamp(max=20) * (agent.q_s(driven).amax(0)[:, 0] <= agent.eps)
         v_f, v_c = agent.v_s(features)[0].unbind(-1)
         back = (20 * (v_c - agent.q_s(torch.cat([features, rows["action"]], -1)).amax(0)[:, 1])).exp().clamp(max=20)
     return torch.where(v_f <= agent.eps, weight * clone, back * (pi - rows["action"]).square().mean(-1)).mean(), None
@@ -1165,7 +1168,8 @@ def dual_step(agent, violation, tolerance=0.003):
 
 
 # ==== 7. Evaluation in the simulator =================================================================================
-# The last weights, never the best ones; the same episode seeds for every method; nothing of the model's world is trusted.
+# The last weights, never the best ones; the same episode seeds for every method; nothing of the model's world is
+# trusted.
 
 
 def seen_from_above(env):
@@ -1179,14 +1183,14 @@ def seen_from_above(env):
 
 
 def drive(agent, name, seeds, act=None):
-    """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each its seed, ret, cost, length,
-    obs (T, O), actions (T, A), costs (T,), path (T, 2) and dangers (N, 3)."""
+    """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each its seed, ret, cost,
+    length, obs (T, O), actions (T, A), costs (T,), path (T, 2) and dangers (N, 3)."""
     envs = [make_env.__wrapped__(name) for _ in seeds]
     obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
     rows = [SimpleNamespace(seed=int(seed), ret=0.0, cost=0.0, length=0, obs=[], costs=[], actions=[], path=[],
                             dangers=seen_from_above(env)[1]) for seed, env in zip(seeds, envs)]
-    # DEVIATION: with look-ahead an action is a decision, kept for as long as decisions last in training unless Q_f revises
-    # it. Deciding anew at each step, an agent changes its mind: PointGoal1 fell from 21.1 to 15.5, both without cost.
+    # DEVIATION: with look-ahead an action is a decision, kept for as long as decisions last in training unless Q_f
+    # revises it. Deciding anew at each step, an agent changes its mind: PointGoal1 fell from 21.1 to 15.5 (both cost 0).
     every = agent.task.repeat if act is None and agent.plans else 1
     alive, actions, t = list(range(len(envs))), [None] * len(envs), 0
     while alive:
@@ -1221,7 +1225,8 @@ def drive_checkpoint(folder, name, seeds, behaviour):
 def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
     """Drives a run's agent in the simulator, in parallel processes: the last weights, the same episode seeds for
     every method -> list of episodes, by seed."""
-    shares = [range(first_seed + w, first_seed + episodes, min(WORKERS, episodes)) for w in range(min(WORKERS, episodes))]
+    workers = min(WORKERS, episodes)
+    shares = [range(first_seed + w, first_seed + episodes, workers) for w in range(workers)]
     work = functools.partial(drive_checkpoint, str(folder), name, behaviour=behaviour)
     if name == "DoubleIntegrator":
         rows = [row for share in shares for row in work(share)]
@@ -1284,8 +1289,9 @@ def descend(optimiser, loss):
 
 
 def decisions(data, task, gamma, margin=None):
-    """D in decisions that last k = task.repeat steps: every stretch of k recorded steps within an episode, with the mean
-    action, the discounted reward and the cost of each step (B, k): with a margin the conservative one, else as recorded.
+    """D in decisions that last k = task.repeat steps: every stretch of k recorded steps within an episode, with the
+    mean action, the discounted reward and the cost of each step (B, k): with a margin the conservative one, else as
+    recorded.
 
     # DEVIATION: a control step of 0.02 s changes next to nothing, so the values of its actions differ by less than a
     network's error, and 25 steps of bootstrapping lie between a danger and the last chance to brake."""
@@ -1307,8 +1313,8 @@ class Learner:
         self.generator = torch.Generator(data["state"].device).manual_seed(cfg.seed + 2)
         self.agent = Agent(task, cfg, data)
         agent = self.agent
-        self.optimisers = dict(clone=adam(agent.clone, rate=1e-3),
-                               actor=adam(agent.actor), q_r=adam(agent.q_r), safety=adam(agent.q_s, agent.v_s, rate=1e-3))
+        self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
+                               safety=adam(agent.q_s, agent.v_s, rate=1e-3))
         self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
         self.step, self.cf, self.snapshots, self.metrics = 0, None, [], []
         count = lambda updates: max(1, round(updates * cfg.scale))
@@ -1348,15 +1354,16 @@ class Learner:
             starts[:half] = displaced(starts[:half], self.task, self.generator)
         elif self.task.state_dim == 2:          # a plane can be covered as far as the record goes
             low, high = data["state"].amin(0), data["state"].amax(0)
-            starts[:half] = low + (high - low) * torch.rand(starts[:half].shape, generator=self.generator, device=low.device)
+            spot = torch.rand(starts[:half].shape, generator=self.generator, device=low.device)
+            starts[:half] = low + (high - low) * spot
         elif self.cf:
             starts[:half] = self.cf["state"][self.draw(half, len(self.cf["state"]))]
         starts = starts[torch.randperm(count, generator=self.generator, device=rows.device)]
         new = counterfactual_rollouts(self.model, self.cost, self.agent, starts, cfg, self.margin, self.generator)
         rows = self.draw(5_000, len(new["state"]))
         shares = caution_shares(self.model, self.cost, new["state"][rows], new["action"][rows], self.margin)
-        tqdm.write("4 roll-outs: {} rows, {:.1%} unsafe; of these {:.0%} only by the margin, {:.0%} only by a minority of "
-                   "the elites; {:.1%} at most {} steps before".format(len(new["state"]), *shares,
+        tqdm.write("4 roll-outs: {} rows, {:.1%} unsafe; of these {:.0%} only by the margin, {:.0%} only by a minority "
+                   "of the elites; {:.1%} at most {} steps before".format(len(new["state"]), *shares,
                                                                        float(new["risky"].float().mean()), RISKY))
         self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
         self.risky = self.cf["risky"].nonzero()[:, 0]
@@ -1404,7 +1411,8 @@ class Learner:
                 logs |= dict(lam=agent.log_lam.exp().clone(), violation=violation)
             if cfg.counterfactual:
                 with torch.no_grad():
-                    logs["infeasible_share"] = (agent.v_s(agent.features(d["state"]))[0, :, 0] > agent.eps).float().mean()
+                    v_f = agent.v_s(agent.features(d["state"]))[0, :, 0]
+                    logs["infeasible_share"] = (v_f > agent.eps).float().mean()
         return logs
 
     def state(self):
@@ -1479,7 +1487,8 @@ def train(cfg, task, data, cost, folder, resume):
     stages = (("clone", "0 cloned policy", learner.clone_updates), ("policy", "5+6 feasibility, policy", total))
     with interruptible() as asked:
         for name, words, end in stages:
-            bar, start = progress(None, words, total=end, initial=learner.step, disable=learner.step >= end), time.time()
+            start = time.time()
+            bar = progress(None, words, total=end, initial=learner.step, disable=learner.step >= end)
             while learner.step < end:
                 logs = learner.clone_update() if name == "clone" else learner.update()
                 learner.step += 1
@@ -1487,18 +1496,20 @@ def train(cfg, task, data, cost, folder, resume):
                 if learner.step % 200 == 1 or last or asked:
                     logs = {key: float(value) for key, value in logs.items()}
                     if not all(map(math.isfinite, logs.values())):
-                        raise ProcoError(f"a loss is no longer finite at update {learner.step} ({logs}); {path} keeps the "
-                                         "last good state: lower the learning rates or look at the data")
+                        raise ProcoError(f"a loss is no longer finite at update {learner.step} ({logs}); {path} keeps "
+                                         "the last good state: lower the learning rates or look at the data")
                     if learner.step % 200 == 1 or last:
                         learner.metrics.append(dict(step=learner.step, stage=name, **logs))
                     bar.update(learner.step - bar.n)
-                    bar.set_postfix_str(" ".join(f"{key.removesuffix('_loss')} {value:.3g}" for key, value in logs.items()))
+                    bar.set_postfix_str(" ".join(f"{key.removesuffix('_loss')} {value:.3g}"
+                                                 for key, value in logs.items()))
                 if learner.step % 2000 == 1 or last or asked:       # only what has just been found finite is kept
                     seconds[name] = seconds.get(name, 0) + time.time() - start
                     start = time.time()
                     checkpoint()
                 if asked:
-                    raise ProcoError(f"stopped at update {learner.step} of {total}; the same command with --resume goes on")
+                    raise ProcoError(f"stopped at update {learner.step} of {total}; the same command with --resume "
+                                     "goes on")
             bar.close()
     return learner, seconds, report
 
@@ -1575,7 +1586,8 @@ def run(cfg, resume=False):
                             ("horizon", -1, 1e4), ("ensemble", 0, 100), ("hidden", 1, 1e5), ("batch", 1, 1e6),
                             ("driver_episodes", 1, 1e6), ("eval_episodes", 0, 1e6)):
         if not low < getattr(cfg, name) < high:
-            raise ProcoError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {low} < value < {high:g}")
+            raise ProcoError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {low} < value < "
+                             f"{high:g}")
     for name, known in (("method", METHODS), ("cost", ("llm", "oracle"))):
         if getattr(cfg, name) not in known:
             raise ProcoError(f"there is no {name} called {getattr(cfg, name)!r}; there are {', '.join(known)}")
@@ -1592,14 +1604,14 @@ def run(cfg, resume=False):
     cost = oracle_cost(task) if cfg.cost == "oracle" else load_cost(cfg.task)
     source, path = find_data(cfg)
     arrays, facts = load_data(path, task, cfg.max_episode_cost)
-    print(f"1 data: {source} {path}: {facts['episodes']} of {facts['of_episodes']} episodes kept, {facts['transitions']} "
-          f"transitions, return {facts['return_mean']:.2f}, {facts['unsafe_share']:.2%} unsafe")
+    print(f"1 data: {source} {path}: {facts['episodes']} of {facts['of_episodes']} episodes kept, "
+          f"{facts['transitions']} transitions, return {facts['return_mean']:.2f}, {facts['unsafe_share']:.2%} unsafe")
     data = to_device(arrays, task, cost, device)
     seconds = dict(data=time.time() - begin)
     learner, trained, dynamics = train(cfg, task, data, cost, folder, resume)
     if cfg.counterfactual:
-        print(f"   warning time: V_f = {cfg.gamma_f:g}^k says a violation in k steps can't be avoided; eps = {cfg.eps:g} "
-              f"warns {math.log(cfg.eps) / math.log(cfg.gamma_f):.0f} steps ahead")
+        print(f"   warning time: V_f = {cfg.gamma_f:g}^k says a violation in k steps can't be avoided; eps = "
+              f"{cfg.eps:g} warns {math.log(cfg.eps) / math.log(cfg.gamma_f):.0f} steps ahead")
     write_table(folder / "metrics.csv", learner.metrics)
     start = time.time()
     rows = evaluate(folder, cfg.task, cfg.eval_episodes)
@@ -1614,9 +1626,9 @@ def run(cfg, resume=False):
     with whole(folder / "results.json") as part:
         part.write_text(json.dumps(results, indent=1, default=float))
     score = results["eval"]
-    print(f"7 evaluation: {cfg.task} {cfg.method}: return {score['return_mean']:.2f} +- {score['return_std']:.2f}, cost "
-          f"{score['cost_mean']:.2f} +- {score['cost_std']:.2f}, {score['zero_cost_share']:.0%} of {len(rows)} episodes "
-          f"without a violation" + (f"; normalised return {score['normalized_return']:.3f}, cost at limit 20 "
+    print(f"7 evaluation: {cfg.task} {cfg.method}: return {score['return_mean']:.2f} +- {score['return_std']:.2f}, "
+          f"cost {score['cost_mean']:.2f} +- {score['cost_std']:.2f}, {score['zero_cost_share']:.0%} of {len(rows)} "
+          f"episodes without a violation" + (f"; normalised return {score['normalized_return']:.3f}, cost at limit 20 "
           f"{score['normalized_cost']:.3f}" if score["normalized_return"] is not None else ""))
     print(f"   {folder}/results.json after {results['timing']['total']:.0f} s")
     print("".join(f"   NOTE: {text}\n" for text in WARNINGS), end="")
@@ -1637,10 +1649,10 @@ def parse(argv):
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same settings was stopped")
     parser.add_argument("--diagnose", metavar="RUN", help="print what the run in folder RUN knows, and leave")
     parser.add_argument("--report", metavar="RUN", help="draw report.png of the run in folder RUN again, and leave")
-    parser.add_argument("--compare", metavar="M,M", help="train what is missing of these methods, print and draw a table")
-    parser.add_argument("--seeds", type=int, default=5, metavar="K", help="training seeds 0 to K - 1 of --compare (default: 5)")
+    parser.add_argument("--compare", metavar="M,M", help="train what is missing of these methods, and print a table")
+    parser.add_argument("--seeds", type=int, default=5, metavar="K", help="training seeds of --compare (default: 5)")
     parser.add_argument("--tasks", metavar="T,T", help="tasks of --compare (default: --task)")
-    parser.add_argument("--write-cost", action="store_true", help="have a language model write the task's cost predicate")
+    parser.add_argument("--write-cost", action="store_true", help="have a language model write the cost predicate")
     parser.add_argument("--llm-url", default=os.environ.get("PROCO_LLM_URL"), help="an OpenAI-compatible endpoint, "
                         "such as http://localhost:11434/v1 (default: the environment's PROCO_LLM_URL)")
     parser.add_argument("--llm-model", default=os.environ.get("PROCO_LLM_MODEL"), help="its model (PROCO_LLM_MODEL)")
