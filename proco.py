@@ -114,7 +114,7 @@ class Config:
 
 # A line and a wall need less than a car among obstacles.
 PRESETS = {"DoubleIntegrator": dict(driver_episodes=100, hidden=64, model_epochs=40, margin=0.005, horizon=21,
-                                    rollouts=20_000, gamma_f=0.98, eps=0.35, clone_updates=500,
+                                    rollouts=20_000, gamma_f=0.98, eps=0.4, clone_updates=500,
                                     feasibility_updates=4_000, updates=1_000, look_ahead=0, eval_episodes=50)}
 
 
