@@ -1758,11 +1758,12 @@ def test_the_warning_table_on_a_case_counted_by_hand():
     """One violation, at step 10 of 30: eleven steps are outside, of which the last k come within k steps of it."""
     x = np.linspace(0, 0.9, 11).tolist() + [1.2] * 19
     row = SimpleNamespace(obs=[np.float32([v, 0]) for v in x], costs=[0] * 10 + [1] * 20, actions=[np.zeros(1)] * 30)
-    agent = SimpleNamespace(feasibility=lambda obs: obs[:, 0])
-    for (k, value, gap, share) in results.warning_table(agent, load_cost("DoubleIntegrator"), [row], (1, 5)):
-        assert value == gap == 1 and share == pytest.approx(k / 11)
-    agent = SimpleNamespace(feasibility=lambda obs: -obs[:, 0])
-    assert results.warning_table(agent, load_cost("DoubleIntegrator"), [row], (5,))[0][1] == 0
+    agent = SimpleNamespace(feasibility=lambda obs: obs[:, 0], _state=torch.as_tensor,
+                            danger=lambda state, actions: torch.zeros(*actions.shape[:-1], 2))
+    for (k, value, gap, taken, share) in results.warning_table(agent, load_cost("DoubleIntegrator"), [row], (1, 5)):
+        assert value == gap == 1 and taken == 0.5 and share == pytest.approx(k / 11)
+    agent.feasibility, agent.danger = lambda obs: -obs[:, 0], lambda state, actions: state[None].expand(1, -1, 2)
+    assert results.warning_table(agent, load_cost("DoubleIntegrator"), [row], (5,))[0][1:4] == (0, 1, 1)
 
 
 def test_the_summary_counts_violation_free_episodes():

@@ -199,23 +199,25 @@ def area_under_curve(scores, labels):
     return float((ranks[labels].sum() - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))
 
 
+@torch.no_grad()
 def warning_table(agent, cost, rows, steps=(1, 5, 10, 20)):
-    """How well V_f, and the plain distance to danger, foretell a violation within k steps -> [(k, AUC of V_f, AUC of
-    distance, share of positives)]. Steps inside a violation are left out: they need no warning."""
-    scores, gaps, times = [], [], []
+    """How well V_f, the plain distance to danger, and Q_f of the action that was taken foretell a violation within k
+    steps -> [(k, AUC of V_f, AUC of distance, AUC of Q_f, share of positives)]. V_f is what nobody could avoid any more,
+    Q_f what this action makes of it. Steps inside a violation are left out: they need no warning."""
+    scores, times = [], []
     for row in rows:
-        obs, costs = np.stack(row.obs), np.array(row.costs) > 0
+        obs, actions, costs = np.stack(row.obs), torch.as_tensor(np.stack(row.actions)), np.array(row.costs) > 0
         seen = torch.as_tensor(obs)
-        gaps.append(proco.danger_distance(cost, seen, torch.as_tensor(np.stack(row.actions)), seen).numpy())
-        scores.append(agent.feasibility(obs))
+        taken = agent.danger(agent._state(obs), actions[None])[0, :, 0]
+        scores.append([agent.feasibility(obs), -proco.danger_distance(cost, seen, actions, seen).numpy(), taken.numpy()])
         ahead = np.where(costs, np.arange(len(costs)), 10 ** 9)
         ahead = np.minimum.accumulate(ahead[::-1])[::-1] - np.arange(len(costs)) + 1.0            # steps until
         ahead[1:][costs[:-1]] = -1                                                                # already inside
         times.append(ahead)
-    scores, gaps, times = map(np.concatenate, (scores, gaps, times))
+    scores, times = np.concatenate(scores, -1), np.concatenate(times)
     outside = times > 0
-    return [(k, area_under_curve(scores[outside], times[outside] <= k), area_under_curve(-gaps[outside],
-             times[outside] <= k), float((times[outside] <= k).mean())) for k in steps]
+    return [(k, *(area_under_curve(score[outside], times[outside] <= k) for score in scores),
+             float((times[outside] <= k).mean())) for k in steps]
 
 
 def print_dynamics(report, margin):
@@ -241,9 +243,9 @@ def diagnose(folder, episodes=20):
         print(f"   {words:<18} return {score['return_mean']:7.2f}   cost {score['cost_mean']:7.2f}   "
               f"violation-free {score['zero_cost_share']:.0%}")
     print("   foretelling a violation of the cloned policy within k steps: AUC of")
-    print("    k     V_f   distance   share of steps")
-    for k, value, gap, share in warning_table(proco.load_run(folder), proco.load_cost(cfg.task), rows["clone"]):
-        print(f"   {k:2d}  {value:.4f}     {gap:.4f}   {share:.2%}")
+    print("    k     V_f   distance   Q_f(s, a)   share of steps")
+    for k, value, gap, taken, share in warning_table(proco.load_run(folder), proco.load_cost(cfg.task), rows["clone"]):
+        print(f"   {k:2d}  {value:.4f}     {gap:.4f}      {taken:.4f}   {share:.2%}")
 
 
 SCORES = ("return", "cost", "violation_free", "normalized_return", "cost_at_10", "cost_at_20", "cost_at_40")
