@@ -1639,12 +1639,13 @@ def test_warnings_are_loud_and_kept(capsys):
 
 
 def test_bootstrap_intervals():
-    assert (results.resampled(np.full((3, 4, 1), 7.0)) == 7).all()                # nothing varies, nothing is uncertain
-    values = np.random.default_rng(1).normal(size=(1, 400, 2)) * [1, 5]
-    assert results.resampled(values).std(0) == pytest.approx([1 / 20, 5 / 20], rel=0.15)      # one seed: s / sqrt(n)
+    rng = np.random.default_rng(1)
+    assert (results.resampled(np.full((3, 4, 1), 7.0), rng) == 7).all()                # nothing varies, nothing is uncertain
+    values = rng.normal(size=(1, 400, 2)) * [1, 5]
+    assert results.resampled(values, rng).std(0) == pytest.approx([1 / 20, 5 / 20], rel=0.15)      # one seed: s / sqrt(n)
     seeds = np.repeat(np.array([0.0, 1, 2, 3])[:, None, None], 50, 1)           # all that varies is the seed
-    assert results.resampled(seeds).std() == pytest.approx(seeds.std() / 2, rel=0.1)
-    assert results.resampled(seeds).mean() == pytest.approx(1.5, abs=0.1)
+    assert results.resampled(seeds, rng).std() == pytest.approx(seeds.std() / 2, rel=0.1)
+    assert results.resampled(seeds, rng).mean() == pytest.approx(1.5, abs=0.1)
 
 
 COMPARE = ("--compare bc,td3bc --tasks DoubleIntegrator --seeds 2 --scale 0.01 --hidden 16 --eval-episodes 3 --data driver "

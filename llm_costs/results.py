@@ -270,9 +270,9 @@ def finished_run(cfg):
                      cost / 40], -1)
 
 
-def resampled(values, draws=2000):
+def resampled(values, rng, draws=2000):
     """Bootstrap over seeds and, within each drawn seed, over episodes: values (K, episodes, m) -> means (draws, m)."""
-    rng, (seeds, episodes, _) = np.random.default_rng(0), values.shape
+    seeds, episodes, _ = values.shape
     picked = rng.integers(seeds, size=(draws, seeds, 1)), rng.integers(episodes, size=(draws, seeds, episodes))
     return values[picked].mean((1, 2))
 
@@ -284,7 +284,8 @@ def compare(configs):
     configs: {(task, method): [Config of each seed]}. Every value is a mean over seeds and episodes with its 95% bootstrap
     interval; "all" is the mean over tasks. Normalised costs of at most 1 (safe at that limit) are bold in the Markdown."""
     values = {key: np.stack([finished_run(cfg) for cfg in runs]) for key, runs in configs.items()}
-    means, draws = ({key: f(v) for key, v in values.items()} for f in (lambda v: v.mean((0, 1)), resampled))
+    rng, means = np.random.default_rng(0), {key: v.mean((0, 1)) for key, v in values.items()}
+    draws = {key: resampled(v, rng) for key, v in values.items()}
     tasks, methods = (list(dict.fromkeys(names)) for names in zip(*configs))
     for method in methods if len(tasks) > 1 else ():
         for table in (means, draws):
