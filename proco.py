@@ -28,7 +28,7 @@ copies the drivers and crashes a little off their tracks. PROCO makes up the cra
 Legend for shapes: E members, B batch, T time, H horizon, S state, A action, O observation, M candidates, N objects.
 ASSUMED marks what the paper leaves open, DEVIATION where we leave it, FORK where a fork would cut in.
 """
-import argparse, contextlib, copy, csv, dataclasses, difflib, functools, importlib.metadata, json, math, multiprocessing
+import argparse, contextlib, copy, dataclasses, difflib, functools, importlib.metadata, json, math, multiprocessing
 import os, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ from llm_costs import driver, language
 from llm_costs.fetch import dsrl_infos, fetch_dsrl, recorded_steps
 from llm_costs.language import CostError, ProcoError
 from llm_costs.oracle import oracle_cost
-from llm_costs.results import compare, diagnose, keep_paths, print_dynamics, report
+from llm_costs.results import compare, diagnose, keep_paths, print_dynamics, report, write_table
 from llm_costs.simulator import import_simulator
 
 HERE = Path(__file__).resolve().parent
@@ -1182,7 +1182,7 @@ def seen_from_above(env):
                                                    for place in thing.pos]).reshape(-1, 3)
 
 
-def drive(agent, name, seeds, act=None):
+def drive(agent, name, seeds, act=None, bar=None):
     """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each its seed, ret, cost,
     length, obs (T, O), actions (T, A), costs (T,), path (T, 2) and dangers (N, 3)."""
     envs = [make_env.__wrapped__(name) for _ in seeds]
@@ -1196,6 +1196,8 @@ def drive(agent, name, seeds, act=None):
     while alive:
         held, going = [np.stack([actions[i] for i in alive])] if t % every else [], []
         t += 1
+        if bar:
+            bar.update()
         for i, action in zip(alive, (act or agent.act)(obs[alive], *held)):
             actions[i] = action
             rows[i].obs.append(obs[i].astype(np.float32))
@@ -1210,8 +1212,9 @@ def drive(agent, name, seeds, act=None):
     return rows
 
 
-def drive_checkpoint(folder, name, seeds, behaviour):
-    """One worker's share of an evaluation: behaviour is policy, filter (Q_f alone), bare or clone."""
+def drive_checkpoint(folder, name, seeds, behaviour, first):
+    """One worker's share of an evaluation: behaviour is policy, filter (Q_f alone), bare or clone. Who has the first
+    seed shows a bar for all."""
     torch.set_num_threads(1)
     agent = load_run(folder)
     if behaviour in ("bare", "filter"):
@@ -1219,7 +1222,8 @@ def drive_checkpoint(folder, name, seeds, behaviour):
     act = None
     if behaviour == "clone":
         act = lambda obs: torch.tanh(agent.clone(agent.features(agent._state(obs)))[0]).detach().numpy()
-    return drive(agent, name, seeds, act)
+    with progress(None, "7 evaluation", total=agent.task.steps, disable=seeds[0] != first) as bar:
+        return drive(agent, name, seeds, act, bar)
 
 
 def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
@@ -1227,7 +1231,7 @@ def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
     every method -> list of episodes, by seed."""
     workers = min(WORKERS, episodes)
     shares = [range(first_seed + w, first_seed + episodes, workers) for w in range(workers)]
-    work = functools.partial(drive_checkpoint, str(folder), name, behaviour=behaviour)
+    work = functools.partial(drive_checkpoint, str(folder), name, behaviour=behaviour, first=first_seed)
     if name == "DoubleIntegrator":
         rows = [row for share in shares for row in work(share)]
     else:
@@ -1266,14 +1270,6 @@ def whole(path):
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
-
-
-def write_table(path, rows):
-    """A CSV file from dicts; what a row lacks stays empty."""
-    with whole(path) as part, open(part, "w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        table.writeheader()
-        table.writerows(rows)
 
 
 def adam(*nets, rate=3e-4):
@@ -1426,11 +1422,11 @@ class Learner:
         finished = saved["step"] == self.clone_updates + self.updates
         for agent, random in () if finished else saved["snapshots"]:
             self.agent.load_state_dict(agent)
-            self.generator.set_state(random)
+            self.generator.set_state(random.cpu())
             self.roll_out()
         self.snapshots, self.step, self.metrics = saved["snapshots"], saved["step"], saved["metrics"]
         self.agent.load_state_dict(saved["agent"])
-        self.generator.set_state(saved["generator"])
+        self.generator.set_state(saved["generator"].cpu())                      # a GPU's, too, is read from there
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(saved["optimisers"][name])
 
@@ -1464,7 +1460,7 @@ def train(cfg, task, data, cost, folder, resume):
         if saved:
             model = load_dynamics(saved["model"], task, cfg).to(data["state"].device)
             report, margin, seconds = saved["report"], saved["margin"], saved["seconds"]
-            torch.set_rng_state(saved["random"])
+            torch.set_rng_state(saved["random"].cpu())
         else:
             model = train_dynamics(data, task, cfg, torch.Generator(data["state"].device).manual_seed(cfg.seed + 1))
             report = dynamics_report(model, data)

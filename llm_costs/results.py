@@ -248,6 +248,14 @@ def diagnose(folder, episodes=20):
         print(f"   {k:2d}  {value:.4f}     {gap:.4f}      {taken:.4f}   {share:.2%}")
 
 
+def write_table(path, rows):
+    """A CSV file from dicts; what a row lacks stays empty."""
+    with proco.whole(path) as part, open(part, "w", newline="") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        table.writeheader()
+        table.writerows(rows)
+
+
 SCORES = ("return", "cost", "violation_free", "normalized_return", "cost_at_10", "cost_at_20", "cost_at_40")
 
 
@@ -302,7 +310,7 @@ def compare(configs):
             cells.append(f"**{text}**" if "_at_" in name and mean <= 1 else text)
         lines.append(f"| {task} | {method} | " + " | ".join(cells) + " |")
     folder = Path(next(iter(configs.values()))[0].out)
-    proco.write_table(folder / "compare.csv", rows)
+    write_table(folder / "compare.csv", rows)
     with proco.whole(folder / "compare.md") as part:
         part.write_text("\n".join(lines) + "\n")
     draw_comparison(rows, folder / "compare.png")
