@@ -829,8 +829,8 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
     Members predict with their means, one elite is drawn for each roll-out (noise on every position would make the
     nearest of many look nearer than it is), and so is a direction of what moves by itself; the conservative cost
     labels; cut is what lies past the model's limit of disagreement, where something would be redrawn, or LINGER steps
-    past the first violation. Five behaviours, a fifth of the roll-outs each: the policy with noise, one held random action,
-    random actions, the action that Q_f fears most, and the one it fears least."""
+    past the first violation. Five behaviours, a fifth of the roll-outs each: the policy with noise, one held random
+    action, random actions, the action that Q_f fears most, and the one it fears least."""
     count, device = len(starts), starts.device
     draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
     behaviour = torch.arange(count, device=device) * 5 // count
@@ -1107,7 +1107,8 @@ def penalty(agent, state, driver, generator):
 
 def actor_loss(agent, rows, cfg):
     """The actor's loss of an algorithm -> (loss, mean violation of the Lagrangian's constraint or None). rows:
-    with_counterfactuals'. # FORK: another algorithm is another function here."""
+    with_counterfactuals'. The functions below get features (B, F), the actor's actions pi (B, A), TD3+BC's loss gain
+    (B,) and its cloning term clone (B,). # FORK: another algorithm is another function here."""
     features = agent.features(rows["state"])
     pi = torch.tanh(agent.actor(features)[0])
     q_r = agent.q_r(torch.cat([features, pi], -1))[0, :, 0]
@@ -1116,11 +1117,14 @@ def actor_loss(agent, rows, cfg):
     gain = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone                                       # TD3+BC
     if cfg.algorithm == "td3bc":
         return gain.mean(), None
-    losses = {"td3bc-lag": lagrangian_loss, "fisor": fisor_loss, "cpq": cpq_loss}
-    return losses[cfg.algorithm](agent, rows, features, pi, gain, clone, cfg)
+    if cfg.algorithm == "fisor":
+        return fisor_loss(agent, rows, features, pi, clone)
+    if cfg.algorithm == "cpq":
+        return cpq_loss(agent, features, pi, gain, clone, cfg)
+    return lagrangian_loss(agent, features, pi, gain)
 
 
-def lagrangian_loss(agent, rows, features, pi, gain, clone, cfg):
+def lagrangian_loss(agent, features, pi, gain):
     """Lagrangian TD3+BC (Fujimoto and Gu 2021).
 
         feasible states:    - Q_r / |Q_r| + bc_weight (pi - a)^2 + lam max(Q_f(s, pi) - eps, 0)
@@ -1135,7 +1139,7 @@ def lagrangian_loss(agent, rows, features, pi, gain, clone, cfg):
     return loss, (violation.detach() * feasible).sum() / feasible.sum().clamp(min=1)
 
 
-def fisor_loss(agent, rows, features, pi, gain, clone, cfg):
+def fisor_loss(agent, rows, features, pi, clone):
     """FISOR (Zheng et al. 2024): regression on actions weighted by exp of their advantage.
 
         feasible states:    exp(3 A_r / |Q_r|) 1[Q_f(s, a) <= eps] (pi - a)^2,    A_r = Q_r(s, a) - Q_r(s, pi)
@@ -1151,7 +1155,7 @@ def fisor_loss(agent, rows, features, pi, gain, clone, cfg):
     return torch.where(v_f <= agent.eps, weight * clone, back * (pi - rows["action"]).square().mean(-1)).mean(), None
 
 
-def cpq_loss(agent, rows, features, pi, gain, clone, cfg):
+def cpq_loss(agent, features, pi, gain, clone, cfg):
     """CPQ (Xu et al. 2022): - 1[Q_c(s, pi) <= limit] Q_r / |Q_r|. # DEVIATION: with the cloning term of TD3+BC, as a
     deterministic actor without it leaves the data at once."""
     allowed = agent.q_s(torch.cat([features, pi], -1)).amax(0)[:, 1].detach() <= CPQ_LIMIT
@@ -1190,7 +1194,7 @@ def drive(agent, name, seeds, act=None, bar=None):
     rows = [SimpleNamespace(seed=int(seed), ret=0.0, cost=0.0, length=0, obs=[], costs=[], actions=[], path=[],
                             dangers=seen_from_above(env)[1]) for seed, env in zip(seeds, envs)]
     # DEVIATION: with look-ahead an action is a decision, kept for as long as decisions last in training unless Q_f
-    # revises it. Deciding anew at each step, an agent changes its mind: PointGoal1 fell from 21.1 to 15.5 (both cost 0).
+    # revises it. Deciding anew at each step, an agent changes its mind: PointGoal1 fell from 21.1 to 15.5 (cost 0).
     every = agent.task.repeat if act is None and agent.plans else 1
     alive, actions, t = list(range(len(envs))), [None] * len(envs), 0
     while alive:
