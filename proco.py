@@ -25,7 +25,8 @@ copies the drivers and crashes a little off their tracks. PROCO makes up the cra
     python proco.py --compare bc,td3bc-lag,proco --seeds 5 --tasks PointGoal1,CarGoal1
     python proco.py --diagnose runs/PointGoal1/proco/seed0
 
-Legend for shapes: E members, B batch, T time, H horizon, S state, A action, O observation, M candidates, N objects.
+Legend for shapes: E members, B batch, T time, H horizon, S state, F features of a state (x), A action, O observation,
+M candidates, N objects.
 ASSUMED marks what the paper leaves open, DEVIATION where we leave it, FORK where a fork would cut in.
 """
 import argparse, contextlib, copy, dataclasses, difflib, functools, importlib.metadata, json, math, multiprocessing
@@ -44,10 +45,10 @@ from tqdm import tqdm
 
 sys.modules.setdefault("proco", sys.modules[__name__])              # so that these find it when it is run as a script
 from llm_costs import driver, language
-from llm_costs.fetch import dsrl_infos, fetch_dsrl, recorded_steps
+from llm_costs.fetch import fetch_dsrl, recorded_steps
 from llm_costs.language import CostError, ProcoError
 from llm_costs.oracle import oracle_cost
-from llm_costs.results import compare, diagnose, keep_paths, print_dynamics, report, write_table
+from llm_costs.results import compare, diagnose, keep_paths, print_dynamics, report, summary, versions, write_table
 from llm_costs.simulator import import_simulator
 
 HERE = Path(__file__).resolve().parent
@@ -470,10 +471,12 @@ class Mlp(nn.Module):
                                         for i, o, b in zip(sizes[:-1], sizes[1:], bounds))
         self.biases = nn.ParameterList(torch.empty(members, 1, o).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
 
-    def forward(self, x, members=slice(None)):
-        x = x.expand(len(self.weights[0][members]), *x.shape[-2:])
+    def forward(self, x, members=None):
         for n, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias[members], x if n == 0 else F.relu(x), weight[members])         # (E, B, out)
+            if members is not None:
+                weight, bias = weight[members], bias[members]
+            x = x.expand(len(weight), *x.shape[-2:]) if n == 0 else F.relu(x, inplace=True)
+            x = torch.baddbmm(bias, x, weight)                                                    # (E, B, out)
         return x
 
 
@@ -496,14 +499,14 @@ class Dynamics(nn.Module):
         self.register_buffer("limit", torch.tensor(math.inf))
         self.register_buffer("closest", torch.zeros(self.kinds))
 
-    def means(self, sensors, action, members=slice(None)):
+    def means(self, sensors, action, members=None):
         """sensors (B, s), action (B, A) -> the sensors' change (E, B, s), maps (E, B, kinds, 2, 3), and what the
         logarithms of their variances are made from (E, B, s + kinds); in standardised units."""
         out = self.net(torch.cat([(sensors - self.mean) / self.std, action], -1), members)
         delta, maps, blur = out.split([len(self.mean), 6 * self.kinds, len(self.mean) + self.kinds], -1)
         return delta, maps.unflatten(-1, (self.kinds, 2, 3)), blur
 
-    def forward(self, state, action, members=slice(None)):
+    def forward(self, state, action, members=None):
         """state (B, S), action (B, A) -> sensors' change (E, B, s), its log-variance, maps (E, B, kinds, 2, 3) and
         their log-variance (E, B, kinds), all in standardised units."""
         size = len(self.task.sensors)
@@ -846,8 +849,9 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
         policy = agent.choose(state[parts[0]], generator, 8)
         action[parts[0]] = policy + noise[parts[0]] * torch.randn(policy.shape, generator=generator, device=device)
         for part, sign in ((parts[3], 1), (parts[4], -1)):
-            options = candidate_actions(agent.propose(state[part]), 8, generator)                 # (M, B, A)
-            fear = agent.danger(state[part], options)[..., 0]                                     # (M, B)
+            x = agent.features(state[part])
+            options = candidate_actions(agent.propose(x), 8, generator)                           # (M, B, A)
+            fear = agent.danger(x, options)[..., 0]                                               # (M, B)
             best = (sign * fear).argmax(0)
             action[part] = options[best, torch.arange(len(part), device=device)]
         action, begin, known, unsafe = action.clamp(-1, 1), state, alive, []
@@ -926,15 +930,13 @@ class Agent(nn.Module):
                 parts.append(torch.stack([cos * x - sin * y, sin * x + cos * y], -1))
         return torch.cat(parts, -1)
 
-    def propose(self, state):
-        """The bare actor: state (B, S) -> (B, A) in [-1, 1]."""
-        return torch.tanh(self.actor(self.features(state))[0])
+    def propose(self, x):
+        """The bare actor: x (B, F), features of states -> (B, A) in [-1, 1]."""
+        return torch.tanh(self.actor(x)[0])
 
-    def danger(self, state, actions):
-        """The graver of the twins' Q_f and Q_c: state (B, S), actions (..., B, A) -> (..., B, 2)."""
-        features = self.features(state)
-        features = features.expand(*actions.shape[:-1], features.shape[-1])
-        inputs = torch.cat([features, actions], -1)
+    def danger(self, x, actions):
+        """The graver of the twins' Q_f and Q_c: x (B, F), actions (..., B, A) -> (..., B, 2)."""
+        inputs = torch.cat([x.expand(*actions.shape[:-1], x.shape[-1]), actions], -1)
         return self.q_s(inputs.flatten(0, -2)).amax(0).unflatten(0, inputs.shape[:-1])
 
     def choose(self, state, generator=None, count=None):
@@ -943,12 +945,13 @@ class Agent(nn.Module):
         Like FISOR, which takes the safest of 16 sampled actions, the actor proposes and Q_f chooses: of `count`
         candidates the nearest to the proposal among those with Q_f <= eps; if there is none, that with the least Q_c.
         Choosing by Q_r instead finds its errors: it fell from 48 to 15 on PointCircle1."""
-        proposal, count = self.propose(state), self.candidates if count is None else count
+        x, count = self.features(state), self.candidates if count is None else count
+        proposal = self.propose(x)
         if count == 0:
             return proposal
         generator = generator or torch.Generator(state.device).manual_seed(0)
         options = candidate_actions(proposal, count, generator)                                   # (M, B, A)
-        q_f, q_c = self.danger(state, options).unbind(-1)                                         # (M, B)
+        q_f, q_c = self.danger(x, options).unbind(-1)                                             # (M, B)
         away = (options - proposal).square().sum(-1)
         best = torch.where((q_f <= self.eps).any(0), torch.where(q_f <= self.eps, away, math.inf).argmin(0),
                            q_c.argmin(0))
@@ -968,7 +971,8 @@ class Agent(nn.Module):
         observation: clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
         generator, batch = generator or torch.Generator(state.device).manual_seed(0), len(state)
         draw = lambda *shape: torch.rand(*shape, generator=generator, device=state.device)
-        options = candidate_actions(self.propose(state), self.candidates, generator)              # (M, B, A)
+        x = self.features(state)
+        options = candidate_actions(self.propose(x), self.candidates, generator)                  # (M, B, A)
         count, size = len(options), options.shape[-1]
         # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
         second = torch.where(draw(count, 1, size) < 0.5, 2 * draw(count, 1, size) - 1,
@@ -977,18 +981,21 @@ class Agent(nn.Module):
         switch[count::2] = self.look_ahead                                                        # held throughout
         flat = lambda x: x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)                        # (., B, .) -> (rows, .)
         first, second, switch = flat(options.repeat(2, 1, 1)), flat(second), flat(switch)[:, None]
-        safe = (self.danger(state, options)[..., 0] <= self.eps).repeat(2, 1).flatten()
-        here, alive, away = state.repeat(2 * count, 1), torch.ones_like(safe), torch.zeros_like(first[:, 0])
+        safe = (self.danger(x, options)[..., 0] <= self.eps).repeat(2, 1).flatten()
+        here, x = state.repeat(2 * count, 1), x.repeat(2 * count, 1)
+        alive, away = torch.ones_like(safe), torch.zeros_like(first[:, 0])
         weight, discount = torch.ones_like(away), self.gamma ** self.task.repeat
         for t in range(self.look_ahead):
-            driver, actor = torch.tanh(self.clone(self.features(here))[0]), self.propose(here[:count * batch])
+            driver, actor = torch.tanh(self.clone(x)[0]), self.propose(x[:count * batch])
             action = torch.where(t < switch, first, torch.cat([actor, second]))
             away = away + weight * (action - driver).square().mean(-1)
             there = model.hold(here, action, self.task.repeat)
             alive = alive & model.foreseen(there)               # what comes where a goal is redrawn, Q_r knows from D
-            safe = safe & ~(alive & (self.v_s(self.features(there))[0, :, 0] > self.eps))
-            here, weight = torch.where(alive[:, None], there, here), torch.where(alive, weight * discount, weight)
-        worth = self.q_r(torch.cat([self.features(here), self.propose(here)], -1)).amin(0)[:, 0]
+            x_there = self.features(there)
+            safe = safe & ~(alive & (self.v_s(x_there)[0, :, 0] > self.eps))
+            here, x = (torch.where(alive[:, None], *pair) for pair in ((there, here), (x_there, x)))
+            weight = torch.where(alive, weight * discount, weight)
+        worth = self.q_r(torch.cat([x, self.propose(x)], -1)).amin(0)[:, 0]
         score = weight * worth / self.q_scale - PLAN_CLONE * away
         score, best = torch.where(safe, score, -math.inf).view(-1, batch).max(0)
         planned = first.view(-1, batch, size)[best, torch.arange(batch, device=state.device)]
@@ -1010,7 +1017,7 @@ class Agent(nn.Module):
         if held is None:
             return decide(state).cpu().numpy()
         action = torch.as_tensor(held, device=state.device).clone()
-        revise = self.danger(state, action)[:, 0] > self.eps
+        revise = self.danger(self.features(state), action)[:, 0] > self.eps
         if revise.any():
             action[revise] = decide(state[revise])
         return action.cpu().numpy()
@@ -1034,7 +1041,7 @@ def candidate_actions(proposal, count, generator):
     return torch.cat([proposal[None], (proposal + 0.4 * noise).clamp(-1, 1), shared])
 
 
-def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator):
+def feasibility_loss(agent, x, action, next_x, cost, gamma_f, generator):
     """How far Q and V are from what they should be, on rows of D and D_cf; cost (B, k) is that of the k steps which the
     decision lasts. # FORK: other safety critics go here.
 
@@ -1052,12 +1059,12 @@ def feasibility_loss(agent, state, action, next_state, cost, gamma_f, generator)
     with torch.no_grad():
         weight = gamma_f ** torch.arange(cost.shape[-1], device=cost.device)                      # (k,)
         now = torch.stack([(weight * cost).amax(-1), (1 - gamma_f) * (weight * cost).sum(-1)], -1)
-        options = candidate_actions(agent.propose(next_state), 5, generator)
-        least = agent.danger(next_state, options).amin(0).clamp(0, 1)                             # (B, 2)
+        options = candidate_actions(agent.propose(next_x), 5, generator)
+        least = agent.danger(next_x, options).amin(0).clamp(0, 1)                                 # (B, 2)
         later = gamma_f ** cost.shape[-1] * least
         target = torch.stack([torch.maximum(now[:, 0], later[:, 0]), now[:, 1] + later[:, 1]], -1)    # (B, 2)
-    q = agent.q_s(torch.cat([agent.features(state), action], -1))                                 # (2, B, 2)
-    v = agent.v_s(agent.features(next_state))[0]
+    q = agent.q_s(torch.cat([x, action], -1))                                                     # (2, B, 2)
+    v = agent.v_s(next_x)[0]
     return (q - target).square().mean() * 2 + (v - least).square().mean()
 
 
@@ -1078,30 +1085,30 @@ def with_counterfactuals(agent, d, cf):
     rows = dict(d, driver=d["action"], trust=torch.ones_like(d["action"][:, 0]))
     if cf is None:
         return rows
-    driver = torch.tanh(agent.clone(agent.features(cf["state"]))[0]).detach()
+    driver = torch.tanh(agent.clone(cf["x"])[0]).detach()
     cf = dict(cf, driver=driver, trust=torch.full_like(driver[:, 0], 0.5))
     return {key: torch.cat([rows[key], cf[key]]) for key in cf}
 
 
-def reward_critic_loss(agent, state, action, reward, next_state, done, gamma, generator, limit=None):
+def reward_critic_loss(agent, x, action, reward, next_x, done, gamma, generator, limit=None):
     """TD3's twin critics (Fujimoto et al. 2018) on D, with smoothed target actions; reward and done (B,). CPQ (Xu et
     al. 2022) counts what follows only where the next action's Q_c is within a limit."""
     with torch.no_grad():
         noise = 0.2 * torch.randn(action.shape, generator=generator, device=action.device)
-        following = (agent.propose(next_state) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
-        worst = agent.q_r_slow(torch.cat([agent.features(next_state), following], -1)).amin(0)[:, 0]
+        following = (agent.propose(next_x) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
+        worst = agent.q_r_slow(torch.cat([next_x, following], -1)).amin(0)[:, 0]
         if limit is not None:
-            worst = worst * (agent.danger(next_state, following)[..., 1] <= limit)
+            worst = worst * (agent.danger(next_x, following)[..., 1] <= limit)
         target = reward + gamma * (1 - done) * worst
-    return (agent.q_r(torch.cat([agent.features(state), action], -1))[..., 0] - target).square().mean() * 2
+    return (agent.q_r(torch.cat([x, action], -1))[..., 0] - target).square().mean() * 2
 
 
-def penalty(agent, state, driver, generator):
+def penalty(agent, x, driver, generator):
     """CPQ's penalised cost critic: Q_c of actions that nobody takes is pushed up. # DEVIATION: far from the driver's
     action is what CPQ measures with a variational auto-encoder."""
     action = 2 * torch.rand(driver.shape, generator=generator, device=driver.device) - 1
     unusual = ((action - driver).square().mean(-1) > 0.25).float()
-    q_c = agent.q_s(torch.cat([agent.features(state), action], -1))[..., 1]                       # (2, B)
+    q_c = agent.q_s(torch.cat([x, action], -1))[..., 1]                                           # (2, B)
     return 0.1 * (unusual * (1 - q_c).clamp(min=0)).mean()
 
 
@@ -1109,22 +1116,22 @@ def actor_loss(agent, rows, cfg):
     """The actor's loss of an algorithm -> (loss, mean violation of the Lagrangian's constraint or None). rows:
     with_counterfactuals'. The functions below get features (B, F), the actor's actions pi (B, A), TD3+BC's loss gain
     (B,) and its cloning term clone (B,). # FORK: another algorithm is another function here."""
-    features = agent.features(rows["state"])
-    pi = torch.tanh(agent.actor(features)[0])
-    q_r = agent.q_r(torch.cat([features, pi], -1))[0, :, 0]
+    x = rows["x"]
+    pi = agent.propose(x)
+    q_r = agent.q_r(torch.cat([x, pi], -1), slice(1))[0, :, 0]                                    # the first twin's
     agent.q_scale.copy_(q_r[rows["trust"] == 1].abs().mean().detach().clamp(min=1e-6))            # on D
     clone = rows["trust"] * (pi - rows["driver"]).square().mean(-1)
     gain = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone                                       # TD3+BC
     if cfg.algorithm == "td3bc":
         return gain.mean(), None
     if cfg.algorithm == "fisor":
-        return fisor_loss(agent, rows, features, pi, clone)
+        return fisor_loss(agent, rows, pi, clone)
     if cfg.algorithm == "cpq":
-        return cpq_loss(agent, features, pi, gain, clone, cfg)
-    return lagrangian_loss(agent, features, pi, gain)
+        return cpq_loss(agent, x, pi, gain, clone, cfg)
+    return lagrangian_loss(agent, x, pi, gain)
 
 
-def lagrangian_loss(agent, features, pi, gain):
+def lagrangian_loss(agent, x, pi, gain):
     """Lagrangian TD3+BC (Fujimoto and Gu 2021).
 
         feasible states:    - Q_r / |Q_r| + bc_weight (pi - a)^2 + lam max(Q_f(s, pi) - eps, 0)
@@ -1132,14 +1139,14 @@ def lagrangian_loss(agent, features, pi, gain):
 
     # DEVIATION: the constraint is a hinge. With Q_f - eps itself, the many states that satisfy it pay for the few that
     break it: lambda fell to zero and the bare actor crashed."""
-    q_f, q_c = agent.q_s(torch.cat([features, pi], -1)).amax(0).unbind(-1)
-    feasible = (agent.v_s(features)[0, :, 0] <= agent.eps).detach()
+    q_f, q_c = agent.q_s(torch.cat([x, pi], -1)).amax(0).unbind(-1)
+    feasible = (agent.v_s(x)[0, :, 0] <= agent.eps).detach()
     violation = (q_f - agent.eps).clamp(min=0)
     loss = torch.where(feasible, gain + agent.log_lam.exp().detach() * violation, 20 * q_c).mean()
     return loss, (violation.detach() * feasible).sum() / feasible.sum().clamp(min=1)
 
 
-def fisor_loss(agent, rows, features, pi, clone):
+def fisor_loss(agent, rows, pi, clone):
     """FISOR (Zheng et al. 2024): regression on actions weighted by exp of their advantage.
 
         feasible states:    exp(3 A_r / |Q_r|) 1[Q_f(s, a) <= eps] (pi - a)^2,    A_r = Q_r(s, a) - Q_r(s, pi)
@@ -1147,18 +1154,19 @@ def fisor_loss(agent, rows, features, pi, clone):
 
     # DEVIATION: a deterministic actor instead of a diffusion model, A_r against the policy instead of an expectile."""
     with torch.no_grad():
-        driven = torch.cat([features, rows["driver"]], -1)
-        better = agent.q_r(driven).amin(0)[:, 0] - agent.q_r(torch.cat([features, pi], -1)).amin(0)[:, 0]
+        x = rows["x"]
+        driven = torch.cat([x, rows["driver"]], -1)
+        better = agent.q_r(driven).amin(0)[:, 0] - agent.q_r(torch.cat([x, pi], -1)).amin(0)[:, 0]
         weight = (3 * better / agent.q_scale).exp().clamp(max=20) * (agent.q_s(driven).amax(0)[:, 0] <= agent.eps)
-        v_f, v_c = agent.v_s(features)[0].unbind(-1)
-        back = (20 * (v_c - agent.q_s(torch.cat([features, rows["action"]], -1)).amax(0)[:, 1])).exp().clamp(max=20)
+        v_f, v_c = agent.v_s(x)[0].unbind(-1)
+        back = (20 * (v_c - agent.q_s(torch.cat([x, rows["action"]], -1)).amax(0)[:, 1])).exp().clamp(max=20)
     return torch.where(v_f <= agent.eps, weight * clone, back * (pi - rows["action"]).square().mean(-1)).mean(), None
 
 
-def cpq_loss(agent, features, pi, gain, clone, cfg):
+def cpq_loss(agent, x, pi, gain, clone, cfg):
     """CPQ (Xu et al. 2022): - 1[Q_c(s, pi) <= limit] Q_r / |Q_r|. # DEVIATION: with the cloning term of TD3+BC, as a
     deterministic actor without it leaves the data at once."""
-    allowed = agent.q_s(torch.cat([features, pi], -1)).amax(0)[:, 1].detach() <= CPQ_LIMIT
+    allowed = agent.q_s(torch.cat([x, pi], -1)).amax(0)[:, 1].detach() <= CPQ_LIMIT
     cloning = 2 * cfg.bc_weight * clone
     return torch.where(allowed, gain, cloning).mean(), None
 
@@ -1324,6 +1332,11 @@ class Learner:
         self.data = data = decisions(data, task, cfg.gamma, margin if cfg.counterfactual else None)
         self.near = data["danger"].argsort()[:max(1, len(data["danger"]) // 4)]
         data["reward"] = data["reward"] / data["reward"].std().clamp(min=1e-6)
+        self.see(data)
+
+    def see(self, rows):
+        """Adds to rows what the networks see of them, once for all updates."""
+        rows["x"], rows["next_x"] = self.agent.features(rows["state"]), self.agent.features(rows["next_state"])
 
     def draw(self, count, rows):
         return torch.randint(rows, (count,), generator=self.generator, device=self.data["state"].device)
@@ -1331,9 +1344,8 @@ class Learner:
     def clone_update(self):
         """Behaviour cloning: the method bc, the first policy that is rolled out, and what --diagnose drives."""
         rows = self.draw(self.cfg.batch, len(self.data["state"]))
-        state, action = self.data["state"][rows], self.data["action"][rows]
-        agent = self.agent
-        loss = (torch.tanh(agent.clone(agent.features(state))[0]) - action).square().mean()
+        agent, x, action = self.agent, self.data["x"].index_select(0, rows), self.data["action"].index_select(0, rows)
+        loss = (torch.tanh(agent.clone(x)[0]) - action).square().mean()
         descend(self.optimisers["clone"], loss)
         if self.step == self.clone_updates - 1:
             agent.actor.load_state_dict(agent.clone.state_dict())
@@ -1365,6 +1377,7 @@ class Learner:
         tqdm.write("4 roll-outs: {} rows, {:.1%} unsafe; of these {:.0%} only by the margin, {:.0%} only by a minority "
                    "of the elites; {:.1%} at most {} steps before".format(len(new["state"]), *shares,
                                                                        float(new["risky"].float().mean()), RISKY))
+        self.see(new)
         self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
         self.risky = self.cf["risky"].nonzero()[:, 0]
 
@@ -1373,7 +1386,7 @@ class Learner:
         rows = self.draw(count - count // 2, len(self.cf["state"]))
         if len(self.risky):
             rows = torch.cat([rows, self.risky[self.draw(count // 2, len(self.risky))]])
-        return {key: self.cf[key][rows] for key in ("state", "action", "next_state", "cost")}
+        return {key: self.cf[key].index_select(0, rows) for key in ("x", "action", "next_x", "cost")}
 
     def update(self):
         """One update: safety critics, which learn alone at first (a policy that learns beside an unripe Q_f finds its
@@ -1386,18 +1399,18 @@ class Learner:
         for name, optimiser in self.optimisers.items():                 # constant, then falling to nothing
             optimiser.param_groups[0]["lr"] = self.rates[name] * min(1, 2 * (1 - step / self.updates))
         chosen = self.draw(cfg.batch, len(self.data["state"]))
-        d = {key: values[chosen] for key, values in self.data.items()}
-        rows = with_counterfactuals(agent, {key: d[key] for key in ("state", "action", "next_state", "cost")}, cf)
+        d = {key: self.data[key].index_select(0, chosen) for key in ("x", "action", "reward", "next_x", "done", "cost")}
+        rows = with_counterfactuals(agent, {key: d[key] for key in ("x", "action", "next_x", "cost")}, cf)
         if cfg.algorithm != "td3bc":
             mostly = slice(cfg.batch // 2 if cf else 0, None)           # half as many rows of D as of D_cf
-            loss = feasibility_loss(agent, *(rows[key][mostly] for key in ("state", "action", "next_state", "cost")),
+            loss = feasibility_loss(agent, *(rows[key][mostly] for key in ("x", "action", "next_x", "cost")),
                                     cfg.gamma_f, self.generator)
             logs["feasibility_loss"] = loss.detach()
             if cfg.algorithm == "cpq":
-                loss = loss + penalty(agent, d["state"], d["action"], self.generator)
+                loss = loss + penalty(agent, d["x"], d["action"], self.generator)
             descend(self.optimisers["safety"], loss)
         if step % 2 == 0 and step >= self.alone:
-            loss = reward_critic_loss(agent, *(d[key] for key in ("state", "action", "reward", "next_state", "done")),
+            loss = reward_critic_loss(agent, *(d[key] for key in ("x", "action", "reward", "next_x", "done")),
                                       cfg.gamma ** self.task.repeat, self.generator,
                                       CPQ_LIMIT if cfg.algorithm == "cpq" else None)
             descend(self.optimisers["q_r"], loss)
@@ -1411,7 +1424,7 @@ class Learner:
                 logs |= dict(lam=agent.log_lam.exp().clone(), violation=violation)
             if cfg.counterfactual:
                 with torch.no_grad():
-                    v_f = agent.v_s(agent.features(d["state"]))[0, :, 0]
+                    v_f = agent.v_s(d["x"])[0, :, 0]
                     logs["infeasible_share"] = (v_f > agent.eps).float().mean()
         return logs
 
@@ -1545,32 +1558,6 @@ def load_run(folder, device="cpu"):
     if saved["model"]:
         object.__setattr__(agent, "model", load_dynamics(saved["model"], task, cfg).to(device))     # no part of its own
     return agent.to(device).requires_grad_(False)
-
-
-def normalised(name, returns, costs):
-    """DSRL's normalised return and cost (at a limit of 20): (R - R_min) / (R_max - R_min), C / limit; None where
-    DSRL knows no such task or is not installed."""
-    infos = dsrl_infos()
-    if name not in infos.get("MIN_EPISODE_REWARD", {}):
-        return None, None
-    low, high = infos["MIN_EPISODE_REWARD"][name], infos["MAX_EPISODE_REWARD"][name]
-    return (returns - low) / (high - low), costs / 20
-
-
-def summary(name, rows):
-    """What results.json says of evaluation episodes."""
-    returns, costs = (np.array([getattr(row, key) for row in rows]) for key in ("ret", "cost"))
-    scores = normalised(name, returns.mean(), costs.mean())
-    return dict(episodes=len(rows), return_mean=returns.mean(), return_std=returns.std(), cost_mean=costs.mean(),
-                cost_std=costs.std(), zero_cost_share=(costs == 0).mean(), normalized_return=scores[0],
-                normalized_cost=scores[1])
-
-
-def versions():
-    """What the numbers were made with."""
-    installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
-    names = ("torch", "numpy", "safety-gymnasium", "mujoco", "gymnasium")
-    return dict(python=sys.version.split()[0], **{name: installed.get(name) for name in names})
 
 
 def run_folder(cfg):

@@ -1259,12 +1259,12 @@ def test_the_feasibility_values_settle_at_their_closed_form():
     for step in range(1500):
         optimiser.param_groups[0]["lr"] = 3e-3 * min(1, 2 * (1 - step / 1500))
         rows = torch.randint(900, (128,), generator=generator)
-        proco.descend(optimiser, proco.feasibility_loss(agent, state[rows], act[rows], next_state[rows], cost[rows, None],
-                                                        gamma_f, generator))
+        proco.descend(optimiser, proco.feasibility_loss(agent, agent.features(state[rows]), act[rows],
+                                                        agent.features(next_state[rows]), cost[rows, None], gamma_f, generator))
     v_f = agent.feasibility(eye.numpy())
     assert v_f[:5] == pytest.approx([1, 1, gamma_f, gamma_f ** 2, gamma_f ** 3], abs=0.06)
     assert v_f[safe] == pytest.approx(0, abs=0.06) and v_f[choice] < 0.15       # the right action saves it
-    q = agent.danger(eye[[choice, choice, graze, 1, 3]], torch.tensor([[0.7], [-0.7], [0.0], [0.0], [0.0]])).detach()
+    q = agent.danger(agent.features(eye[[choice, choice, graze, 1, 3]]), torch.tensor([[0.7], [-0.7], [0.0], [0.0], [0.0]])).detach()
     assert q[:, 0].tolist() == pytest.approx([0, 1, 1, 1, gamma_f ** 2], abs=0.1)
     assert q[2:, 1].tolist() == pytest.approx([1 - gamma_f, 1, gamma_f ** 2], abs=0.1)     # grazing beats staying
 
@@ -1321,18 +1321,18 @@ def test_choose_takes_the_nearest_feasible_candidate():
     agent = watchful(lambda a: 1 - (a[..., 0] > 0.5).float(), lambda a: a[..., 0])
     state = torch.randn(30, 2)
     agent.propose = lambda state: torch.tensor([0.1, 0.2]).expand(30, 2)
-    options, chosen = proco.candidate_actions(agent.propose(state), agent.candidates, gen(4)), agent.choose(state, gen(4))
+    options, chosen = proco.candidate_actions(agent.propose(agent.features(state)), agent.candidates, gen(4)), agent.choose(state, gen(4))
     for row in range(30):
         fine = [o for o in options[:, row].tolist() if o[0] > 0.5]
         assert chosen[row].tolist() == min(fine, key=lambda o: (o[0] - 0.1) ** 2 + (o[1] - 0.2) ** 2)
     agent.danger = lambda state, actions: torch.zeros(*actions.shape[:-1], 2)
-    assert torch.equal(agent.choose(state), agent.propose(state))               # a feasible proposal is taken as it is
+    assert torch.equal(agent.choose(state), agent.propose(agent.features(state)))               # a feasible proposal is taken as it is
 
 
 def test_choose_takes_the_least_cost_where_nothing_is_feasible():
     agent = watchful(lambda a: torch.ones_like(a[..., 0]), lambda a: (a[..., 0] - 0.3) ** 2 + a[..., 1] ** 2)
     state = torch.randn(20, 2)
-    options, chosen = proco.candidate_actions(agent.propose(state), agent.candidates, gen(4)), agent.choose(state, gen(4))
+    options, chosen = proco.candidate_actions(agent.propose(agent.features(state)), agent.candidates, gen(4)), agent.choose(state, gen(4))
     for row in range(20):
         assert chosen[row].tolist() == min(options[:, row].tolist(), key=lambda o: (o[0] - 0.3) ** 2 + o[1] ** 2)
 
@@ -1341,7 +1341,7 @@ def test_choose_takes_the_least_cost_where_nothing_is_feasible():
 def test_without_the_filter_the_proposal_is_the_action(changes):
     agent = watchful(lambda a: torch.ones_like(a[..., 0]), lambda a: a[..., 0], **changes)
     state = torch.randn(9, 2)
-    assert torch.equal(agent.choose(state), agent.propose(state))
+    assert torch.equal(agent.choose(state), agent.propose(agent.features(state)))
 
 
 def far_sighted(q_r, clone=0.0, v_f=None, **changes):
@@ -1411,11 +1411,11 @@ def test_holding_an_action_is_stepping_the_best_elite():
 
 def test_danger_is_the_graver_of_the_twins(newborn):
     state, actions = torch.randn(6, 2), torch.rand(4, 6, 1) * 2 - 1
-    out = newborn.danger(state, actions)
+    out = newborn.danger(newborn.features(state), actions)
     assert out.shape == (4, 6, 2)
     twins = newborn.q_s(torch.cat([newborn.features(state), actions[2]], -1))
     assert torch.allclose(out[2], torch.maximum(twins[0], twins[1]), atol=1e-6)
-    assert torch.allclose(newborn.danger(state, actions[1]), out[1], atol=1e-6)
+    assert torch.allclose(newborn.danger(newborn.features(state), actions[1]), out[1], atol=1e-6)
 
 
 # =====================================================================================================================
@@ -1430,8 +1430,8 @@ class Known(torch.nn.Module):
         super().__init__()
         self.columns, self.members = columns, members
 
-    def forward(self, x):
-        x = x.expand(self.members, *x.shape[-2:])
+    def forward(self, x, members=slice(None)):
+        x = x.expand(len(range(self.members)[members]), *x.shape[-2:])
         return torch.stack([column(x[..., -1]) for column in self.columns], -1)
 
 
@@ -1445,10 +1445,10 @@ def pushed(method="proco", q_r=lambda a: 0 * a + 1, q_f=lambda a: 0 * a, q_c=lam
     agent.v_s = Known(lambda a: 0 * a + v_f, lambda a: 0 * a + v_f)
     agent.log_lam.fill_(math.log(lam))
     state = torch.randn(64, 2)
-    action = agent.propose(state).detach() if data is None else torch.full((64, 1), data)
-    rows = dict(state=state, action=action, next_state=state, cost=torch.zeros(64, 1))
+    action = agent.propose(agent.features(state)).detach() if data is None else torch.full((64, 1), data)
+    rows = dict(x=agent.features(state), action=action, next_x=agent.features(state), cost=torch.zeros(64, 1))
     agent.clone.load_state_dict(agent.actor.state_dict())
-    cf = dict(rows, state=torch.randn(64, 2), action=torch.rand(64, 1) * 2 - 1) if cfg.counterfactual else None
+    cf = dict(rows, x=torch.randn(64, 2), action=torch.rand(64, 1) * 2 - 1) if cfg.counterfactual else None
     loss = proco.actor_loss(agent, proco.with_counterfactuals(agent, rows, cf), cfg)[0]
     loss.backward()
     return -float(agent.actor.biases[-1].grad.sum())
@@ -1501,16 +1501,16 @@ def test_cpqs_penalty_raises_the_cost_of_actions_nobody_takes():
 
 def test_proco_adds_counterfactual_rows_and_leaves_an_algorithm_as_it_is_without():
     agent = proco.Agent(DI, small())
-    rows = dict(state=torch.randn(8, 2), action=torch.rand(8, 1), next_state=torch.randn(8, 2), cost=torch.zeros(8, 1))
+    rows = dict(x=torch.randn(8, 2), action=torch.rand(8, 1), next_x=torch.randn(8, 2), cost=torch.zeros(8, 1))
     alone = proco.with_counterfactuals(agent, rows, None)
     assert all(torch.equal(alone[key], rows[key]) for key in rows)
     assert torch.equal(alone["driver"], rows["action"]) and alone["trust"].tolist() == [1] * 8
-    cf = dict(state=torch.randn(5, 2), action=torch.rand(5, 1), next_state=torch.randn(5, 2), cost=torch.ones(5, 1))
+    cf = dict(x=torch.randn(5, 2), action=torch.rand(5, 1), next_x=torch.randn(5, 2), cost=torch.ones(5, 1))
     both = proco.with_counterfactuals(agent, rows, cf)
     assert all(torch.equal(both[key], torch.cat([rows[key], cf[key]])) for key in rows)
     assert torch.equal(both["driver"][:8], rows["action"]) and both["trust"].tolist() == [1] * 8 + [0.5] * 5
     agent.actor.load_state_dict(agent.clone.state_dict())
-    assert torch.allclose(both["driver"][8:], agent.propose(cf["state"]))
+    assert torch.allclose(both["driver"][8:], agent.propose(cf["x"]))
 
 
 @pytest.mark.parametrize("method, algorithm, counterfactual", [
@@ -1727,13 +1727,13 @@ def test_area_under_curve_is_the_chance_of_the_right_order():
 def test_scores_are_normalised_by_dsrls_numbers(name, low, high):
     if importlib.util.find_spec("dsrl") is None:
         pytest.skip("dsrl is not installed")
-    assert proco.normalised(name, low, 0.0) == pytest.approx((0, 0))
-    assert proco.normalised(name, high, 20.0) == pytest.approx((1, 1))
-    assert proco.normalised(name, (low + high) / 2, 5.0) == pytest.approx((0.5, 0.25))
+    assert results.normalised(name, low, 0.0) == pytest.approx((0, 0))
+    assert results.normalised(name, high, 20.0) == pytest.approx((1, 1))
+    assert results.normalised(name, (low + high) / 2, 5.0) == pytest.approx((0.5, 0.25))
 
 
 def test_what_dsrl_does_not_know_is_not_normalised():
-    assert proco.normalised("DoubleIntegrator", 1.0, 1.0) == (None, None)
+    assert results.normalised("DoubleIntegrator", 1.0, 1.0) == (None, None)
 
 
 def full_throttle(obs):
@@ -1759,7 +1759,7 @@ def test_the_warning_table_on_a_case_counted_by_hand():
     """One violation, at step 10 of 30: eleven steps are outside, of which the last k come within k steps of it."""
     x = np.linspace(0, 0.9, 11).tolist() + [1.2] * 19
     row = SimpleNamespace(obs=[np.float32([v, 0]) for v in x], costs=[0] * 10 + [1] * 20, actions=[np.zeros(1)] * 30)
-    agent = SimpleNamespace(feasibility=lambda obs: obs[:, 0], _state=torch.as_tensor,
+    agent = SimpleNamespace(feasibility=lambda obs: obs[:, 0], _state=torch.as_tensor, features=lambda state: state,
                             danger=lambda state, actions: torch.zeros(*actions.shape[:-1], 2))
     for (k, value, gap, taken, share) in results.warning_table(agent, load_cost("DoubleIntegrator"), [row], (1, 5)):
         assert value == gap == 1 and taken == 0.5 and share == pytest.approx(k / 11)
@@ -1769,7 +1769,7 @@ def test_the_warning_table_on_a_case_counted_by_hand():
 
 def test_the_summary_counts_violation_free_episodes():
     rows = [SimpleNamespace(ret=r, cost=c) for r, c in ((1.0, 0), (3.0, 0), (5.0, 4), (7.0, 0))]
-    score = proco.summary("DoubleIntegrator", rows)
+    score = results.summary("DoubleIntegrator", rows)
     assert (score["episodes"], score["return_mean"], score["cost_mean"], score["zero_cost_share"]) == (4, 4, 1, 0.75)
     assert score["return_std"] == pytest.approx(math.sqrt(5)) and score["cost_std"] == pytest.approx(math.sqrt(3))
 
@@ -1978,7 +1978,7 @@ def test_the_other_methods_run(method, tmp_path):
     assert results["method"] == method and results["eval"]["episodes"] == 4
     agent = proco.load_run(tmp_path / "DoubleIntegrator" / method / "seed0")
     state = torch.randn(5, 2)
-    assert torch.equal(agent.choose(state), agent.propose(state))
+    assert torch.equal(agent.choose(state), agent.propose(agent.features(state)))
     if method == "bc":                                                          # the clone, as it was
         assert torch.equal(agent.actor.weights[0], agent.clone.weights[0])
 

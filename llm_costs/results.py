@@ -2,14 +2,17 @@
 import csv
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import proco                                    # circular: what is used of it is looked up when it is used
+from llm_costs.fetch import dsrl_infos
 from llm_costs.language import ProcoError
 
 
@@ -208,7 +211,7 @@ def warning_table(agent, cost, rows, steps=(1, 5, 10, 20)):
     for row in rows:
         obs, actions, costs = np.stack(row.obs), torch.as_tensor(np.stack(row.actions)), np.array(row.costs) > 0
         seen = torch.as_tensor(obs)
-        taken = agent.danger(agent._state(obs), actions[None])[0, :, 0]
+        taken = agent.danger(agent.features(agent._state(obs)), actions[None])[0, :, 0]
         scores.append([agent.feasibility(obs), -proco.danger_distance(cost, seen, actions, seen).numpy(), taken.numpy()])
         ahead = np.where(costs, np.arange(len(costs)), 10 ** 9)
         ahead = np.minimum.accumulate(ahead[::-1])[::-1] - np.arange(len(costs)) + 1.0            # steps until
@@ -218,6 +221,32 @@ def warning_table(agent, cost, rows, steps=(1, 5, 10, 20)):
     outside = times > 0
     return [(k, *(area_under_curve(score[outside], times[outside] <= k) for score in scores),
              float((times[outside] <= k).mean())) for k in steps]
+
+
+def normalised(name, returns, costs):
+    """DSRL's normalised return and cost (at a limit of 20): (R - R_min) / (R_max - R_min), C / limit; None where
+    DSRL knows no such task or is not installed."""
+    infos = dsrl_infos()
+    if name not in infos.get("MIN_EPISODE_REWARD", {}):
+        return None, None
+    low, high = infos["MIN_EPISODE_REWARD"][name], infos["MAX_EPISODE_REWARD"][name]
+    return (returns - low) / (high - low), costs / 20
+
+
+def summary(name, rows):
+    """What results.json says of evaluation episodes."""
+    returns, costs = (np.array([getattr(row, key) for row in rows]) for key in ("ret", "cost"))
+    scores = normalised(name, returns.mean(), costs.mean())
+    return dict(episodes=len(rows), return_mean=returns.mean(), return_std=returns.std(), cost_mean=costs.mean(),
+                cost_std=costs.std(), zero_cost_share=(costs == 0).mean(), normalized_return=scores[0],
+                normalized_cost=scores[1])
+
+
+def versions():
+    """What the numbers were made with."""
+    installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
+    names = ("torch", "numpy", "safety-gymnasium", "mujoco", "gymnasium")
+    return dict(python=sys.version.split()[0], threads=torch.get_num_threads(), **{name: installed.get(name) for name in names})
 
 
 def print_dynamics(report, margin):
@@ -239,7 +268,7 @@ def diagnose(folder, episodes=20):
     rows = {kind: proco.evaluate(folder, cfg.task, episodes, behaviour=kind) for kind in ("clone", "bare", "filter", "policy")}
     for kind, words in (("clone", "the cloned policy"), ("bare", "the bare actor"), ("filter", "actor and filter"),
                         ("policy", "with look-ahead")):
-        score = proco.summary(cfg.task, rows[kind])
+        score = summary(cfg.task, rows[kind])
         print(f"   {words:<18} return {score['return_mean']:7.2f}   cost {score['cost_mean']:7.2f}   "
               f"violation-free {score['zero_cost_share']:.0%}")
     print("   foretelling a violation of the cloned policy within k steps: AUC of")
@@ -273,7 +302,7 @@ def finished_run(cfg):
         proco.run(cfg, resume=True)
     with open(folder / "episodes.csv") as file:
         ret, cost = np.array([(float(row["return"]), float(row["cost"])) for row in csv.DictReader(file)]).T
-    normal = proco.normalised(cfg.task, ret, cost)[0]
+    normal = normalised(cfg.task, ret, cost)[0]
     return np.stack([ret, cost, cost == 0, np.full_like(ret, np.nan) if normal is None else normal, cost / 10, cost / 20,
                      cost / 40], -1)
 
