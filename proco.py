@@ -1075,19 +1075,18 @@ def feasibility_loss(agent, x, action, next_x, cost, gamma_f, generator):
 CPQ_LIMIT = 0.1     # ASSUMED: Q_c, in [0, 1], above which CPQ calls an action unsafe: a tenth of its future in danger
 
 
-def with_counterfactuals(agent, d, cf):
+def with_counterfactuals(d, cf):
     """What PROCO adds to an algorithm, all in one place: beside rows of D, rows of D_cf with the conservative cost.
 
-    d, cf: dicts of state, action, next_state, cost (B, .); cf None for an algorithm alone. -> the same rows with
-    driver (B, A), what somebody sensible did there, and trust (B,), how far to follow that. On D_cf, where nobody
-    drove, the cloned policy stands in at half the weight (ASSUMED). Without it the actor follows Q_r's errors where
-    there is no record: PointCircle1 fell from 48 to 32."""
+    d, cf: dicts of x, action, next_x, cost (B, .), cf with driver (B, A), too; cf None for an algorithm alone. -> the
+    same rows with driver, what somebody sensible did there, and trust (B,), how far to follow that. On D_cf, where
+    nobody drove, the cloned policy stands in at half the weight (ASSUMED). Without it the actor follows Q_r's errors
+    where there is no record: PointCircle1 fell from 48 to 32."""
     rows = dict(d, driver=d["action"], trust=torch.ones_like(d["action"][:, 0]))
     if cf is None:
         return rows
-    driver = torch.tanh(agent.clone(cf["x"])[0]).detach()
-    cf = dict(cf, driver=driver, trust=torch.full_like(driver[:, 0], 0.5))
-    return {key: torch.cat([rows[key], cf[key]]) for key in cf}
+    cf = dict(cf, trust=torch.full_like(cf["action"][:, 0], 0.5))
+    return {key: torch.cat([rows[key], cf[key]]) for key in rows}
 
 
 def reward_critic_loss(agent, x, action, reward, next_x, done, gamma, generator, limit=None):
@@ -1378,6 +1377,7 @@ class Learner:
                    "of the elites; {:.1%} at most {} steps before".format(len(new["state"]), *shares,
                                                                        float(new["risky"].float().mean()), RISKY))
         self.see(new)
+        new["driver"] = torch.tanh(self.agent.clone(new["x"])[0]).detach()
         self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
         self.risky = self.cf["risky"].nonzero()[:, 0]
 
@@ -1386,7 +1386,7 @@ class Learner:
         rows = self.draw(count - count // 2, len(self.cf["state"]))
         if len(self.risky):
             rows = torch.cat([rows, self.risky[self.draw(count // 2, len(self.risky))]])
-        return {key: self.cf[key].index_select(0, rows) for key in ("x", "action", "next_x", "cost")}
+        return {key: self.cf[key].index_select(0, rows) for key in ("x", "action", "next_x", "cost", "driver")}
 
     def update(self):
         """One update: safety critics, which learn alone at first (a policy that learns beside an unripe Q_f finds its
@@ -1400,7 +1400,7 @@ class Learner:
             optimiser.param_groups[0]["lr"] = self.rates[name] * min(1, 2 * (1 - step / self.updates))
         chosen = self.draw(cfg.batch, len(self.data["state"]))
         d = {key: self.data[key].index_select(0, chosen) for key in ("x", "action", "reward", "next_x", "done", "cost")}
-        rows = with_counterfactuals(agent, {key: d[key] for key in ("x", "action", "next_x", "cost")}, cf)
+        rows = with_counterfactuals({key: d[key] for key in ("x", "action", "next_x", "cost")}, cf)
         if cfg.algorithm != "td3bc":
             mostly = slice(cfg.batch // 2 if cf else 0, None)           # half as many rows of D as of D_cf
             loss = feasibility_loss(agent, *(rows[key][mostly] for key in ("x", "action", "next_x", "cost")),

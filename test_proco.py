@@ -1448,8 +1448,9 @@ def pushed(method="proco", q_r=lambda a: 0 * a + 1, q_f=lambda a: 0 * a, q_c=lam
     action = agent.propose(agent.features(state)).detach() if data is None else torch.full((64, 1), data)
     rows = dict(x=agent.features(state), action=action, next_x=agent.features(state), cost=torch.zeros(64, 1))
     agent.clone.load_state_dict(agent.actor.state_dict())
-    cf = dict(rows, x=torch.randn(64, 2), action=torch.rand(64, 1) * 2 - 1) if cfg.counterfactual else None
-    loss = proco.actor_loss(agent, proco.with_counterfactuals(agent, rows, cf), cfg)[0]
+    x = torch.randn(64, 2)
+    cf = dict(rows, x=x, action=torch.rand(64, 1) * 2 - 1, driver=agent.propose(x).detach()) if cfg.counterfactual else None
+    loss = proco.actor_loss(agent, proco.with_counterfactuals(rows, cf), cfg)[0]
     loss.backward()
     return -float(agent.actor.biases[-1].grad.sum())
 
@@ -1500,17 +1501,34 @@ def test_cpqs_penalty_raises_the_cost_of_actions_nobody_takes():
 
 
 def test_proco_adds_counterfactual_rows_and_leaves_an_algorithm_as_it_is_without():
-    agent = proco.Agent(DI, small())
     rows = dict(x=torch.randn(8, 2), action=torch.rand(8, 1), next_x=torch.randn(8, 2), cost=torch.zeros(8, 1))
-    alone = proco.with_counterfactuals(agent, rows, None)
+    alone = proco.with_counterfactuals(rows, None)
     assert all(torch.equal(alone[key], rows[key]) for key in rows)
     assert torch.equal(alone["driver"], rows["action"]) and alone["trust"].tolist() == [1] * 8
-    cf = dict(x=torch.randn(5, 2), action=torch.rand(5, 1), next_x=torch.randn(5, 2), cost=torch.ones(5, 1))
-    both = proco.with_counterfactuals(agent, rows, cf)
-    assert all(torch.equal(both[key], torch.cat([rows[key], cf[key]])) for key in rows)
-    assert torch.equal(both["driver"][:8], rows["action"]) and both["trust"].tolist() == [1] * 8 + [0.5] * 5
-    agent.actor.load_state_dict(agent.clone.state_dict())
-    assert torch.allclose(both["driver"][8:], agent.propose(cf["x"]))
+    cf = dict(x=torch.randn(5, 2), action=torch.rand(5, 1), next_x=torch.randn(5, 2), cost=torch.ones(5, 1),
+              driver=torch.rand(5, 1))
+    both = proco.with_counterfactuals(rows, cf)
+    assert all(torch.equal(both[key], torch.cat([alone[key], cf[key]])) for key in cf)
+    assert both["trust"].tolist() == [1] * 8 + [0.5] * 5
+
+
+def test_what_networks_see_of_rows_is_kept_with_them():
+    """D and D_cf hold features of the very states beside them, and D_cf what the cloned policy would do."""
+    state = starts(300)
+    data = dict(state=state, next_state=state + 0.01, action=torch.rand(300, 1) * 2 - 1, reward=torch.rand(300),
+                done=torch.zeros(300), cost=torch.zeros(300), danger=torch.ones(300), episode=torch.arange(300) // 100)
+    torch.manual_seed(0)
+    learner = proco.Learner(small(rollouts=600), DI, data, load_cost("DoubleIntegrator"), Exact(), 0.0)
+    learner.roll_out()
+    learner.roll_out()
+    for rows in learner.data, learner.cf:
+        for key in ("", "next_"):
+            assert torch.allclose(rows[key + "x"], learner.agent.features(rows[key + "state"]))
+            assert rows[key + "x"].std(0).min() > 0.1
+    clone = torch.tanh(learner.agent.clone(learner.cf["x"])[0])
+    assert torch.allclose(learner.cf["driver"], clone) and clone.std() > 0.01
+    drawn = learner.sample_cf(50)
+    assert torch.allclose(drawn["driver"], torch.tanh(learner.agent.clone(drawn["x"])[0])) and len(drawn["cost"]) == 50
 
 
 @pytest.mark.parametrize("method, algorithm, counterfactual", [
