@@ -48,7 +48,8 @@ from llm_costs import driver, language
 from llm_costs.fetch import fetch_dsrl, recorded_steps
 from llm_costs.language import CostError, ProcoError
 from llm_costs.oracle import oracle_cost
-from llm_costs.results import compare, diagnose, keep_paths, print_dynamics, report, summary, versions, write_table
+from llm_costs.results import (compare, diagnose, forecast, keep_paths, print_dynamics, report, summary, versions,
+                               write_table)
 from llm_costs.simulator import import_simulator
 
 HERE = Path(__file__).resolve().parent
@@ -1585,6 +1586,8 @@ def run(cfg, resume=False):
     installed = versions()
     if cfg.task != "DoubleIntegrator" and (installed["mujoco"] or "").startswith("3"):
         warn(f"mujoco {installed['mujoco']} drives other paths than the 2.3 of the DSRL data and of published scores")
+    if not installed["dsrl"]:
+        warn("the package dsrl is not installed (README): no normalised scores and no download of its data")
     folder = run_folder(cfg)
     with whole(folder / "config.json") as part:
         part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
@@ -1593,6 +1596,8 @@ def run(cfg, resume=False):
     arrays, facts = load_data(path, task, cfg.max_episode_cost)
     print(f"1 data: {source} {path}: {facts['episodes']} of {facts['of_episodes']} episodes kept, "
           f"{facts['transitions']} transitions, return {facts['return_mean']:.2f}, {facts['unsafe_share']:.2%} unsafe")
+    minutes = forecast(cfg, task, facts["transitions"]) / 60
+    print(f"   what follows takes about {minutes:.1f} minutes on this CPU; on a GPU nobody has measured it")
     data = to_device(arrays, task, cost, device)
     seconds = dict(data=time.time() - begin)
     learner, trained, dynamics = train(cfg, task, data, cost, folder, resume)

@@ -1785,6 +1785,21 @@ def test_the_warning_table_on_a_case_counted_by_hand():
     assert results.warning_table(agent, load_cost("DoubleIntegrator"), [row], (5,))[0][1:4] == (0, 1, 1)
 
 
+def test_a_run_without_dsrl_says_what_it_lacks(monkeypatch, tmp_path, capsys, cache):
+    monkeypatch.setattr(proco, "versions", lambda: dict(results.versions(), dsrl=None))
+    told = proco.run(small(method="bc", out=str(tmp_path)))["warnings"]
+    assert len(told) == 1 and "dsrl is not installed" in told[0] and told[0] in capsys.readouterr().err
+
+
+def test_the_forecast_grows_with_what_there_is_to_do():
+    seconds = lambda *flags, rows=50_000: results.forecast(proco.parse(["--task", "PointGoal1", *flags])[0],
+                                                           get_task("PointGoal1"), rows)
+    whole = seconds()
+    assert 30 < whole < 36_000
+    for less in (["--scale", "0.1"], ["--method", "td3bc-lag"], ["--method", "bc"], ["--eval-episodes", "0", "--horizon", "0"]):
+        assert 0 < seconds(*less) < 0.8 * whole
+
+
 def test_the_summary_counts_violation_free_episodes():
     rows = [SimpleNamespace(ret=r, cost=c) for r, c in ((1.0, 0), (3.0, 0), (5.0, 4), (7.0, 0))]
     score = results.summary("DoubleIntegrator", rows)
@@ -1944,6 +1959,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert (saved["task"], saved["method"], saved["seed"]) == ("DoubleIntegrator", "proco", 0)
     assert saved["data"]["source"] == "driver" and saved["data"]["transitions"] == 2000
     assert saved["data"]["unsafe_share"] == 0 and saved["versions"]["torch"] == torch.__version__
+    assert saved["versions"]["threads"] == torch.get_num_threads() and not saved["warnings"]
     assert {"data", "dynamics", "evaluation", "total"} <= set(saved["timing"])
     assert all(seconds >= 0 for seconds in saved["timing"].values())
     rows = read(folder, "episodes.csv")

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import sys
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -245,8 +246,23 @@ def summary(name, rows):
 def versions():
     """What the numbers were made with."""
     installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
-    names = ("torch", "numpy", "safety-gymnasium", "mujoco", "gymnasium")
+    names = ("torch", "numpy", "safety-gymnasium", "dsrl", "mujoco", "gymnasium")
     return dict(python=sys.version.split()[0], threads=torch.get_num_threads(), **{name: installed.get(name) for name in names})
+
+
+def forecast(cfg, task, rows):
+    """Seconds that training on `rows` rows of D and evaluation will take on this CPU, roughly: what the steps took on the
+    README's machine, where the product below took 0.3 ms, by how much longer it takes here."""
+    x, weight = torch.randn(2, 512, 128), torch.randn(2, 128, 128)
+    slower = min(timeit.repeat(lambda: x @ weight, repeat=9, number=5)) / 5 / 0.0003
+    training, share = 0.002 * cfg.clone_updates, 0.4 + 0.6 * (cfg.hidden / 128) ** 2       # of a width's updates
+    if cfg.method != "bc":
+        training += share * cfg.updates * (0.017 if cfg.counterfactual else 0.004 if cfg.algorithm == "td3bc" else 0.009)
+    if cfg.counterfactual:
+        decisions = cfg.rollouts * cfg.horizon / task.repeat
+        training += share * 0.011 * cfg.feasibility_updates + 1e-5 * task.state_dim * decisions + 5e-6 * rows * cfg.model_epochs * cfg.ensemble
+    steps = cfg.eval_episodes * task.steps / (20_000 if cfg.task == "DoubleIntegrator" else 250 * proco.WORKERS)
+    return slower * (cfg.scale * training + steps)
 
 
 def print_dynamics(report, margin):
