@@ -48,8 +48,8 @@ from llm_costs import driver, language
 from llm_costs.fetch import fetch_dsrl, recorded_steps
 from llm_costs.language import CostError, ProcoError
 from llm_costs.oracle import oracle_cost
-from llm_costs.results import (compare, diagnose, forecast, keep_paths, print_dynamics, report, summary, versions,
-                               write_table)
+from llm_costs.results import (compare, diagnose, dynamics_report, forecast, keep_paths, print_dynamics, report,
+                               summary, versions, write_table)
 from llm_costs.simulator import import_simulator
 
 HERE = Path(__file__).resolve().parent
@@ -73,7 +73,8 @@ class Config:
     seed: int = knob(0, "seed of everything that is drawn while training")
     data: str = knob("auto", "auto, dsrl, driver, or the path of an HDF5 file in DSRL's format")
     out: str = knob("runs", "folder that gets <task>/<method>/seed<k>/")
-    device: str = knob("auto", "cpu, cuda, or auto: cuda where there is one")
+    device: str = knob("auto", "cpu, cuda, cuda-graphs (updates are recorded once and replayed), or auto: cuda where "
+                               "there is one")
     scale: float = knob(1.0, "multiplies every training length; 0.02 is a smoke test")
     eval_episodes: int = knob(20, "episodes driven in the simulator at the end")
     max_episode_cost: float = knob(0.0, "keep recorded episodes with at most this many violations")
@@ -684,37 +685,6 @@ def object_slices(task):
     return [slice(at, at + lidar.count) for at, lidar in zip(first, task.lidars)]
 
 
-@torch.no_grad()
-def dynamics_report(model, data, steps=(1, 5, 10, 15)):
-    """How wrong the model is, per block, on the held-out episodes, next to the predictor "nothing changes". Blocks are
-    the sensors and, of each lidar, the nearest distance: the part of it that is exact and that costs depend on.
-
-    -> {block: {"r2": one-step R^2 of the change, "error": [root mean square after k open-loop steps of the mean
-    member, in the block's unit], "nothing_changes": [the same of the start]}}"""
-    task, episode = model.task, data["episode"]
-    starts = (data["held_out"] & (torch.arange(len(episode), device=episode.device) + max(steps) < len(episode)))
-    starts = starts.nonzero()[:, 0]
-    starts = starts[episode[starts] == episode[starts + max(steps)]][::7]
-    report, size = {}, len(task.sensors)
-    parts = {"sensors": lambda s: s[..., :size]} | {
-        lidar.name: lambda s, n=n: nearest(s, task)[..., n:n + 1] for n, lidar in enumerate(task.lidars)}
-    state = first = data["state"][starts]
-    for k in range(max(steps)):
-        state = model.step(state, data["action"][starts + k])[k % len(model.elites)]
-        if k + 1 not in steps:
-            continue
-        for name, part in parts.items():
-            row = report.setdefault(name, dict(error=[], nothing_changes=[]))
-            true = part(data["next_state"][starts + k])
-            keep = ((true - part(first)).abs().amax(-1) < 0.06 * (k + 1)) if name != "sensors" else slice(None)
-            wrong, moved = (part(state) - true)[keep], (true - part(first))[keep]
-            row["error"].append(float(wrong.square().mean().sqrt()))
-            row["nothing_changes"].append(float(moved.square().mean().sqrt()))
-            if k == 0:
-                scale = moved.square().sum(0)
-                row["r2"] = float((1 - wrong.square().sum(0) / scale.clamp(min=1e-12))[scale > 1e-9].mean())
-    return report
-
 # ==== 3. Cost: a predicate written by a language model, which nobody has to trust ====================================
 # What may not happen, in words, turned into code that reads an observation. The data need no labels for it, and the
 # model's states can be judged as well as recorded ones.
@@ -1033,7 +1003,7 @@ def candidate_actions(proposal, count, generator):
     """Actions to choose from: proposal (B, A) -> (M, B, A). The proposal, the corners of the action box (bang-bang
     agents need little else), noisy copies of the proposal and random actions, half each."""
     size, device = proposal.shape[-1], proposal.device
-    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], device=device)] * size).view(-1, size) if size <= 2 \
+    corners = torch.cartesian_prod(*[torch.arange(-1.0, 2, 2, device=device)] * size).view(-1, size) if size <= 2 \
         else torch.randint(0, 2, (4, size), generator=generator, device=device) * 2.0 - 1
     rest = max(0, count - 1 - len(corners))
     noise = torch.randn(rest // 2, 1, size, generator=generator, device=device)
@@ -1119,7 +1089,8 @@ def actor_loss(agent, rows, cfg):
     x = rows["x"]
     pi = agent.propose(x)
     q_r = agent.q_r(torch.cat([x, pi], -1), slice(1))[0, :, 0]                                    # the first twin's
-    agent.q_scale.copy_(q_r[rows["trust"] == 1].abs().mean().detach().clamp(min=1e-6))            # on D
+    on_d = (rows["trust"] == 1).float()
+    agent.q_scale.copy_(((q_r.abs() * on_d).sum() / on_d.sum()).detach().clamp(min=1e-6))
     clone = rows["trust"] * (pi - rows["driver"]).square().mean(-1)
     gain = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone                                       # TD3+BC
     if cfg.algorithm == "td3bc":
@@ -1324,7 +1295,11 @@ class Learner:
         self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
                                safety=adam(agent.q_s, agent.v_s, rate=1e-3))
         self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
-        self.step, self.cf, self.snapshots, self.metrics = 0, None, [], []
+        self.step, self.cf, self.snapshots, self.metrics, self.graphs = 0, None, [], [], None
+        if cfg.device == "cuda-graphs":         # what a graph reads must stay where it is: the learning rates, too
+            self.graphs = {}
+            for name, rate in self.rates.items():
+                self.optimisers[name].param_groups[0].update(capturable=True, lr=agent.mean.new_tensor(rate))
         count = lambda updates: max(1, round(updates * cfg.scale))
         self.clone_updates = count(cfg.clone_updates)
         self.alone = count(cfg.feasibility_updates) if cfg.counterfactual else 0
@@ -1381,6 +1356,7 @@ class Learner:
         new["driver"] = torch.tanh(self.agent.clone(new["x"])[0]).detach()
         self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
         self.risky = self.cf["risky"].nonzero()[:, 0]
+        self.graphs = None if self.graphs is None else {}               # they knew the smaller D_cf
 
     def sample_cf(self, count):
         """Rows of D_cf: half at random, half from those at or before a violation."""
@@ -1390,15 +1366,47 @@ class Learner:
         return {key: self.cf[key].index_select(0, rows) for key in ("x", "action", "next_x", "cost", "driver")}
 
     def update(self):
-        """One update: safety critics, which learn alone at first (a policy that learns beside an unripe Q_f finds its
-        errors and keeps them); then, every second time, reward critics, actor and multiplier (TD3)."""
-        cfg, agent, step, logs, cf = self.cfg, self.agent, self.step - self.clone_updates, {}, None
-        if cfg.counterfactual and cfg.horizon:
-            if step % math.ceil(self.updates / ROUNDS) == 0:
-                self.roll_out()
-            cf = self.sample_cf(cfg.batch)
+        """One update: now and then a round of roll-outs, and at every step what learn() does."""
+        cfg, step = self.cfg, self.step - self.clone_updates
+        if cfg.counterfactual and cfg.horizon and step % math.ceil(self.updates / ROUNDS) == 0:
+            self.roll_out()
         for name, optimiser in self.optimisers.items():                 # constant, then falling to nothing
-            optimiser.param_groups[0]["lr"] = self.rates[name] * min(1, 2 * (1 - step / self.updates))
+            group, rate = optimiser.param_groups[0], self.rates[name] * min(1, 2 * (1 - step / self.updates))
+            group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+        policy = step % 2 == 0 and step >= self.alone
+        return self.learn(policy) if self.graphs is None else self.replay(policy)
+
+    def replay(self, policy):
+        """learn(policy) as a CUDA graph: its kernels recorded once and started as one, with new random numbers each
+        time. Recorded after two eager updates, in which optimisers and libraries make what they keep, and anew when
+        D_cf has grown. Where recording fails all updates are eager."""
+        known = self.graphs.get(policy, 0)
+        if known in (0, 1):
+            self.graphs[policy], stream = known + 1, torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                logs = self.learn(policy)
+            torch.cuda.current_stream().wait_stream(stream)
+            return logs
+        if known == 2:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                graph.register_generator_state(self.generator)
+                with torch.cuda.graph(graph):
+                    known = graph, self.learn(policy)
+            except (RuntimeError, AttributeError) as error:
+                warn(f"no CUDA graph of the updates ({error}); they go on one kernel after the other")
+                self.graphs = None
+                return self.learn(policy)
+            self.graphs[policy] = known
+        known[0].replay()
+        return known[1]
+
+    def learn(self, policy):
+        """One step of the safety critics, which learn alone at first (a policy that learns beside an unripe Q_f finds
+        its errors and keeps them); with `policy`, every second time (TD3), of reward critics, actor and multiplier."""
+        cfg, agent, logs = self.cfg, self.agent, {}
+        cf = self.sample_cf(cfg.batch) if self.cf else None
         chosen = self.draw(cfg.batch, len(self.data["state"]))
         d = {key: self.data[key].index_select(0, chosen) for key in ("x", "action", "reward", "next_x", "done", "cost")}
         rows = with_counterfactuals({key: d[key] for key in ("x", "action", "next_x", "cost")}, cf)
@@ -1410,7 +1418,7 @@ class Learner:
             if cfg.algorithm == "cpq":
                 loss = loss + penalty(agent, d["x"], d["action"], self.generator)
             descend(self.optimisers["safety"], loss)
-        if step % 2 == 0 and step >= self.alone:
+        if policy:
             loss = reward_critic_loss(agent, *(d[key] for key in ("x", "action", "reward", "next_x", "done")),
                                       cfg.gamma ** self.task.repeat, self.generator,
                                       CPQ_LIMIT if cfg.algorithm == "cpq" else None)
@@ -1579,10 +1587,10 @@ def run(cfg, resume=False):
     for name, known in (("method", METHODS), ("cost", ("llm", "oracle"))):
         if getattr(cfg, name) not in known:
             raise ProcoError(f"there is no {name} called {getattr(cfg, name)!r}; there are {', '.join(known)}")
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "cpu")
-    if cfg.device not in ("auto", device.type):
+    device = torch.device("cpu" if cfg.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    if cfg.device not in ("auto", device.type, *["cuda-graphs"] * (device.type == "cuda")):
         raise ProcoError(f"there is no device {cfg.device!r} here; leave --device out, or say cpu" +
-                         " or cuda" * torch.cuda.is_available())
+                         ", cuda or cuda-graphs" * torch.cuda.is_available())
     installed = versions()
     if cfg.task != "DoubleIntegrator" and (installed["mujoco"] or "").startswith("3"):
         warn(f"mujoco {installed['mujoco']} drives other paths than the 2.3 of the DSRL data and of published scores")

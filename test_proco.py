@@ -5,6 +5,8 @@ and the real simulator; then of the command line and of whole runs.
     PROCO_SLOW=1 python -m pytest -q test_proco.py -k full     # and the double integrator at full length
 """
 import ast
+import contextlib
+import copy
 import csv
 import dataclasses
 import importlib.util
@@ -686,7 +688,7 @@ def test_the_dynamics_report(learnt):
                 rows[key].append(value)
             state = after
     rows = {key: torch.stack(value) for key, value in rows.items()}
-    report = proco.dynamics_report(model, rows | dict(held_out=rows["episode"] % 10 == 9), steps=(1, 4))
+    report = results.dynamics_report(model, rows | dict(held_out=rows["episode"] % 10 == 9), steps=(1, 4))
     assert set(report) == {"sensors"} and set(report["sensors"]) == {"r2", "error", "nothing_changes"}
     row = report["sensors"]
     assert row["r2"] > 0.9 and len(row["error"]) == len(row["nothing_changes"]) == 2
@@ -715,7 +717,7 @@ def test_what_costs_depend_on_is_predicted_well_on_the_real_simulator(driven):
                  held_out=torch.arange(1000) // 25 % 10 == 9)
     torch.manual_seed(0)
     model = proco.train_dynamics(data, task, small(hidden=128, model_epochs=60, scale=1.0), gen(2))
-    row = proco.dynamics_report(model, data, steps=(1,))["hazards"]
+    row = results.dynamics_report(model, data, steps=(1,))["hazards"]
     assert row["error"][0] < 0.5 * row["nothing_changes"][0] and row["error"][0] < 0.01
 
 
@@ -1529,6 +1531,70 @@ def test_what_networks_see_of_rows_is_kept_with_them():
     assert torch.allclose(learner.cf["driver"], clone) and clone.std() > 0.01
     drawn = learner.sample_cf(50)
     assert torch.allclose(drawn["driver"], torch.tanh(learner.agent.clone(drawn["x"])[0])) and len(drawn["cost"]) == 50
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize("method", ["proco", "td3bc-lag", "proco-fisor", "proco-cpq"])
+def test_updates_recorded_as_a_graph_are_the_eager_ones(method, works, monkeypatch, capsys):
+    """On a stand-in for CUDA's graphs, which takes back what recording changed, as nothing runs while a GPU records:
+    the weights are those of an eager run, each kind of update is recorded once a round, and a failure is told."""
+    recorded, learners = [], []
+
+    class Graph:
+        def register_generator_state(self, generator):
+            if not works:
+                raise RuntimeError("not here")
+            self.learner = learners[-1]
+
+        def replay(self):
+            for known, logs in self.learner.learn(self.policy).items():
+                self.logs[known].copy_(logs)
+
+    @contextlib.contextmanager
+    def record(graph):
+        learner, learn = graph.learner, graph.learner.learn
+        before = copy.deepcopy([learner.agent.state_dict(), learner.generator.get_state()] +
+                               [o.state_dict() for o in learner.optimisers.values()])
+
+        def seen(policy):
+            graph.policy, graph.logs = policy, learn(policy)
+            recorded.append(policy)
+            return graph.logs
+        learner.learn = seen
+        yield
+        del learner.learn
+        learner.agent.load_state_dict(before[0])
+        learner.generator.set_state(before[1])
+        for optimiser, state in zip(learner.optimisers.values(), before[2:]):
+            optimiser.load_state_dict(state)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(CUDAGraph=Graph, graph=record, Stream=lambda: stream, current_stream=lambda: stream,
+                            stream=lambda stream: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    state = starts(300)
+    data = dict(state=state, next_state=state + 0.01, action=torch.rand(300, 1) * 2 - 1, reward=torch.rand(300),
+                done=torch.zeros(300), cost=torch.zeros(300), danger=torch.ones(300), episode=torch.arange(300) // 100)
+    logs = []
+    for device in ("cpu", "cuda-graphs"):
+        torch.manual_seed(0)
+        cfg = small(method=method, device=device, rollouts=600, feasibility_updates=30, updates=30, scale=1.0, batch=16)
+        learners.append(proco.Learner(cfg, Exact.task, data, load_cost("DoubleIntegrator"), Exact(), 0.0))
+        learners[-1].step = learners[-1].clone_updates
+        for _ in range(learners[-1].updates):
+            logs.append({key: float(value) for key, value in learners[-1].update().items()})
+            learners[-1].step += 1
+    eager, graphed = learners
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(eager.agent.state_dict().values(),
+                                                              graphed.agent.state_dict().values()))
+    half = len(logs) // 2
+    assert all(a == pytest.approx(b, rel=1e-3, abs=1e-5) for a, b in zip(logs[:half], logs[half:]))
+    assert ("not here" in capsys.readouterr().err) != works
+    if not works:
+        assert graphed.graphs is None and not recorded
+    elif method == "td3bc-lag":                                                 # 30 updates, every second with policy
+        assert recorded == [True, False]
+    else:                                       # six rounds of 10 updates, of which three train the feasibility alone
+        assert recorded == [False] * 3 + [True, False] * 3
 
 
 @pytest.mark.parametrize("method, algorithm, counterfactual", [

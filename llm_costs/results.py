@@ -265,6 +265,38 @@ def forecast(cfg, task, rows):
     return slower * (cfg.scale * training + steps)
 
 
+@torch.no_grad()
+def dynamics_report(model, data, steps=(1, 5, 10, 15)):
+    """How wrong the model is, per block, on the held-out episodes, next to the predictor "nothing changes". Blocks are
+    the sensors and, of each lidar, the nearest distance: the part of it that is exact and that costs depend on.
+
+    -> {block: {"r2": one-step R^2 of the change, "error": [root mean square after k open-loop steps of the mean
+    member, in the block's unit], "nothing_changes": [the same of the start]}}"""
+    task, episode = model.task, data["episode"]
+    starts = (data["held_out"] & (torch.arange(len(episode), device=episode.device) + max(steps) < len(episode)))
+    starts = starts.nonzero()[:, 0]
+    starts = starts[episode[starts] == episode[starts + max(steps)]][::7]
+    report, size = {}, len(task.sensors)
+    parts = {"sensors": lambda s: s[..., :size]} | {
+        lidar.name: lambda s, n=n: proco.nearest(s, task)[..., n:n + 1] for n, lidar in enumerate(task.lidars)}
+    state = first = data["state"][starts]
+    for k in range(max(steps)):
+        state = model.step(state, data["action"][starts + k])[k % len(model.elites)]
+        if k + 1 not in steps:
+            continue
+        for name, part in parts.items():
+            row = report.setdefault(name, dict(error=[], nothing_changes=[]))
+            true = part(data["next_state"][starts + k])
+            keep = ((true - part(first)).abs().amax(-1) < 0.06 * (k + 1)) if name != "sensors" else slice(None)
+            wrong, moved = (part(state) - true)[keep], (true - part(first))[keep]
+            row["error"].append(float(wrong.square().mean().sqrt()))
+            row["nothing_changes"].append(float(moved.square().mean().sqrt()))
+            if k == 0:
+                scale = moved.square().sum(0)
+                row["r2"] = float((1 - wrong.square().sum(0) / scale.clamp(min=1e-12))[scale > 1e-9].mean())
+    return report
+
+
 def print_dynamics(report, margin):
     """The dynamics report as a table."""
     print("   block      R^2 of the change   error after 1 / 5 / 10 / 15 steps          'nothing changes'")
