@@ -1533,8 +1533,8 @@ def test_what_networks_see_of_rows_is_kept_with_them():
     assert torch.allclose(drawn["driver"], torch.tanh(learner.agent.clone(drawn["x"])[0])) and len(drawn["cost"]) == 50
 
 
-@pytest.mark.parametrize("works", [True, False])
-@pytest.mark.parametrize("method", ["proco", "td3bc-lag", "proco-fisor", "proco-cpq"])
+@pytest.mark.parametrize("method, works", [("proco", True), ("td3bc-lag", True), ("proco-fisor", True),
+                                           ("proco-cpq", True), ("proco", False)])
 def test_updates_recorded_as_a_graph_are_the_eager_ones(method, works, monkeypatch, capsys):
     """On a stand-in for CUDA's graphs, which takes back what recording changed, as nothing runs while a GPU records:
     the weights are those of an eager run, each kind of update is recorded once a round, and a failure is told."""
