@@ -1496,8 +1496,8 @@ def test_cpq_earns_only_where_little_cost_is_ahead():
 
 
 def test_cpqs_penalty_raises_the_cost_of_actions_nobody_takes():
-    agent, state, driver = proco.Agent(DI, small()), torch.zeros(4000, 2), torch.zeros(4000, 1)
-    for q_c, share in ((0.0, 0.5), (0.5, 0.25), (1.0, 0.0), (2.0, 0.0)):        # half of [-1, 1] is farther than 0.5
+    agent, state, driver = proco.Agent(DI, small()), torch.zeros(4000, 2), torch.full((4000, 1), -0.5)
+    for q_c, share in ((0.0, 0.25), (0.5, 0.125), (1.0, 0.0), (2.0, 0.0)):      # a quarter of [-1, 1] is farther than 1
         agent.q_s = Known(lambda a: 0 * a, lambda a: 0 * a + q_c, members=2)
         assert float(proco.penalty(agent, state, driver, gen())) == pytest.approx(0.1 * share, abs=0.003)
 
