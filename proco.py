@@ -1084,7 +1084,7 @@ def penalty(agent, x, driver, generator):
 
 def actor_loss(agent, rows, cfg):
     """The actor's loss of an algorithm -> (loss, mean violation of the Lagrangian's constraint or None). rows:
-    with_counterfactuals'. The functions below get features (B, F), the actor's actions pi (B, A), TD3+BC's loss gain
+    with_counterfactuals'. The functions below get x (B, F), the actor's actions pi (B, A), TD3+BC's loss gain
     (B,) and its cloning term clone (B,). # FORK: another algorithm is another function here."""
     x = rows["x"]
     pi = agent.propose(x)
