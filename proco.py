@@ -1012,8 +1012,8 @@ def candidate_actions(proposal, count, generator):
 
 
 def feasibility_loss(agent, x, action, next_x, cost, gamma_f, generator):
-    """How far Q and V are from what they should be, on rows of D and D_cf; cost (B, k) is that of the k steps which the
-    decision lasts. # FORK: other safety critics go here.
+    """How far Q and V are from what they should be, on rows of D and D_cf: x, next_x (B, F), action (B, A) and the cost
+    (B, k) of the k steps which the decision lasts. # FORK: other safety critics go here.
 
         V(s')     <- min over candidates a' of Q(s', a')
         Q_f(s, a) <- max(max_j gamma_f^j c^_j, gamma_f^k V_f(s'))         (Fisac et al. 2019; Zheng et al. 2024)
