@@ -1857,11 +1857,12 @@ def test_a_run_without_dsrl_says_what_it_lacks(monkeypatch, tmp_path, capsys, ca
     assert len(told) == 1 and "dsrl is not installed" in told[0] and told[0] in capsys.readouterr().err
 
 
-def test_the_forecast_grows_with_what_there_is_to_do():
+def test_the_forecast_grows_with_what_there_is_to_do(monkeypatch):
+    monkeypatch.setattr(results.timeit, "repeat", lambda *work, **often: [0.003])       # twice as slow as the README's
     seconds = lambda *flags, rows=50_000: results.forecast(proco.parse(["--task", "PointGoal1", *flags])[0],
                                                            get_task("PointGoal1"), rows)
     whole = seconds()
-    assert 30 < whole < 36_000
+    assert 400 < whole < 900                                                    # it took 5 to 6 minutes there
     for less in (["--scale", "0.1"], ["--method", "td3bc-lag"], ["--method", "bc"], ["--eval-episodes", "0", "--horizon", "0"]):
         assert 0 < seconds(*less) < 0.8 * whole
 
