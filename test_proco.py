@@ -1328,7 +1328,7 @@ def test_choose_takes_the_nearest_feasible_candidate():
         fine = [o for o in options[:, row].tolist() if o[0] > 0.5]
         assert chosen[row].tolist() == min(fine, key=lambda o: (o[0] - 0.1) ** 2 + (o[1] - 0.2) ** 2)
     agent.danger = lambda state, actions: torch.zeros(*actions.shape[:-1], 2)
-    assert torch.equal(agent.choose(state), agent.propose(agent.features(state)))               # a feasible proposal is taken as it is
+    assert torch.equal(agent.choose(state), agent.propose(agent.features(state)))   # a feasible proposal is taken as it is
 
 
 def test_choose_takes_the_least_cost_where_nothing_is_feasible():

@@ -247,7 +247,8 @@ def versions():
     """What the numbers were made with."""
     installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
     names = ("torch", "numpy", "safety-gymnasium", "dsrl", "mujoco", "gymnasium")
-    return dict(python=sys.version.split()[0], threads=torch.get_num_threads(), **{name: installed.get(name) for name in names})
+    return dict(python=sys.version.split()[0], threads=torch.get_num_threads(),
+                **{name: installed.get(name) for name in names})
 
 
 def forecast(cfg, task, rows):
@@ -260,7 +261,8 @@ def forecast(cfg, task, rows):
         training += share * cfg.updates * (0.017 if cfg.counterfactual else 0.004 if cfg.algorithm == "td3bc" else 0.009)
     if cfg.counterfactual:
         decisions = cfg.rollouts * cfg.horizon / task.repeat
-        training += share * 0.011 * cfg.feasibility_updates + 1e-5 * task.state_dim * decisions + 5e-6 * rows * cfg.model_epochs * cfg.ensemble
+        training += share * 0.011 * cfg.feasibility_updates + 1e-5 * task.state_dim * decisions
+        training += 5e-6 * rows * cfg.model_epochs * cfg.ensemble
     steps = cfg.eval_episodes * task.steps / (20_000 if cfg.task == "DoubleIntegrator" else 250 * proco.WORKERS)
     return slower * (cfg.scale * training + steps)
 
