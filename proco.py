@@ -162,9 +162,8 @@ class Task:
 
 @functools.lru_cache
 def get_task(name, raw_obs=False):
-    """The Task of a name such as CarButton1; raw_obs sees lidar bins as plain sensors.
-
-    Raises ProcoError with the nearest names for a task there is not."""
+    """The Task of a name such as CarButton1; raw_obs sees lidar bins as plain sensors. Raises
+    ProcoError with the nearest names for a task there is not."""
     if name == "DoubleIntegrator":
         return Task(name, 2, 1, 100, 0.1, (0, 1), repeat=3)
     if name in VELOCITY:
@@ -1155,14 +1154,17 @@ def dual_step(agent, violation, tolerance=0.003):
 # trusted.
 
 
-def seen_from_above(env):
-    """Where the agent is, (2,) in m, and what does not move and must not be touched, (N, 3) as x, y and radius in m."""
+def place(env):
+    """Where the agent is: (2,) in m; on a line its place and its speed."""
     task = getattr(getattr(env, "unwrapped", None), "task", None)
-    if task is None:                            # a line and its speed; robots that run have no map
-        return np.array([getattr(env, "x", 0.0), getattr(env, "v", 0.0)]), np.zeros((0, 3))
-    things = [getattr(task, kind, None) for kind in ("hazards", "pillars")]
-    return np.array(task.agent.pos[:2]), np.array([(*place[:2], thing.size) for thing in things if thing is not None
-                                                   for place in thing.pos]).reshape(-1, 3)
+    return np.array(task.agent.pos[:2] if task else [getattr(env, "x", 0.0), getattr(env, "v", 0.0)])
+
+
+def dangers(env):
+    """What does not move and must not be touched: (N, 3), x, y and radius in m."""
+    task = getattr(getattr(env, "unwrapped", None), "task", None)
+    things = filter(None, (getattr(task, kind, None) for kind in ("hazards", "pillars")))
+    return np.array([(*where[:2], thing.size) for thing in things for where in thing.pos]).reshape(-1, 3)
 
 
 def drive(agent, name, seeds, act=None, bar=None):
@@ -1171,7 +1173,7 @@ def drive(agent, name, seeds, act=None, bar=None):
     envs = [make_env.__wrapped__(name) for _ in seeds]
     obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
     rows = [SimpleNamespace(seed=int(seed), ret=0.0, cost=0.0, length=0, obs=[], costs=[], actions=[], path=[],
-                            dangers=seen_from_above(env)[1]) for seed, env in zip(seeds, envs)]
+                            dangers=dangers(env)) for seed, env in zip(seeds, envs)]
     # DEVIATION: with look-ahead an action is a decision, kept for as long as decisions last in training unless Q_f
     # revises it. Deciding anew at each step, an agent changes its mind: PointGoal1 fell from 21.1 to 15.5 (cost 0).
     every = agent.task.repeat if act is None and agent.plans else 1
@@ -1188,7 +1190,7 @@ def drive(agent, name, seeds, act=None, bar=None):
             obs[i], reward, cost, terminated, truncated, _ = envs[i].step(action)
             rows[i].ret, rows[i].cost, rows[i].length = rows[i].ret + reward, rows[i].cost + cost, rows[i].length + 1
             rows[i].costs.append(cost)
-            rows[i].path.append(seen_from_above(envs[i])[0])
+            rows[i].path.append(place(envs[i]))
             if not (terminated or truncated):
                 going.append(i)
         alive = going
@@ -1555,9 +1557,8 @@ def load_dynamics(weights, task, cfg):
 
 
 def load_run(folder, device="cpu"):
-    """The agent of a finished run: .act(obs (B, O)) -> (B, A), .feasibility(obs (B, O)) -> (B,), .eps.
-
-    Raises ProcoError where there is no run."""
+    """The agent of a finished run: .act(obs (B, O)) -> (B, A), .feasibility(obs (B, O)) -> (B,), .eps. Raises
+    ProcoError where there is no run."""
     path = Path(folder) / "checkpoint.pt"
     saved = load_checkpoint(path, device)
     cfg = Config(**saved["config"])

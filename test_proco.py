@@ -285,8 +285,11 @@ def test_the_fast_reset_drives_the_same_path_as_the_stock_one(simulator, monkeyp
 
 
 def test_fast_steps_and_layouts_are_the_stock_ones(simulator, monkeypatch):
+    """A drive from button to button, in which everything is touched that can be."""
+    from safety_gymnasium.assets.geoms import buttons
     from safety_gymnasium.assets.mocaps import gremlins
     from safety_gymnasium.bases import base_task
+    from safety_gymnasium.tasks.button import button_level0
     from safety_gymnasium.utils import random_generator
 
     def stock(module, name):                                        # as the package has it
@@ -294,19 +297,26 @@ def test_fast_steps_and_layouts_are_the_stock_ones(simulator, monkeypatch):
         found = [node for node in ast.walk(source) if getattr(node, "name", "") == name]
         exec(compile(ast.Module(found, []), module.__file__, "exec"), names)
         return names[name]
-    actions = np.random.default_rng(2).uniform(-1, 1, (40, 2))
 
     def roll(env):
-        rows = [env.reset(seed=4)[0]]
-        for action in actions:
-            obs, reward, cost, *_ = env.step(action)
+        rows, seen = [env.reset(seed=8)[0]], set()
+        for step in range(180):
+            world = env.unwrapped.task
+            ahead = (np.array(world.buttons.pos[step // 150]) - world.agent.pos) @ world.agent.mat
+            bearing = np.arctan2(ahead[1], ahead[0])
+            obs, reward, cost, _, _, info = env.step(np.array([abs(bearing) < 0.6, np.clip(3 * bearing, -1, 1)], float))
             rows.append(np.append(obs, [reward, cost]))
+            seen |= {key for key, value in info.items() if value}
+        assert seen == {"cost_gremlins", "cost_buttons", "cost_sum", "goal_met"}
         return np.concatenate(rows)
-    fast = roll(proco.make_env.__wrapped__("PointButton1"))
-    monkeypatch.setattr(gremlins.Gremlins, "move", stock(gremlins, "move"))
-    monkeypatch.setattr(random_generator.RandomGenerator, "sample_layout", stock(random_generator, "sample_layout"))
+    fast = roll(proco.make_env.__wrapped__("PointButton2"))
+    for kind, module, name in ((gremlins.Gremlins, gremlins, "move"), (gremlins.Gremlins, gremlins, "cal_cost"),
+                               (buttons.Buttons, buttons, "cal_cost"),
+                               (button_level0.ButtonLevel0, button_level0, "goal_achieved"),
+                               (random_generator.RandomGenerator, random_generator, "sample_layout")):
+        monkeypatch.setattr(kind, name, stock(module, name))
     monkeypatch.setattr(base_task.BaseTask, "_obs_lidar_pseudo", stock(base_task, "_obs_lidar_pseudo"))
-    assert np.array_equal(fast, roll(simulator.make("SafetyPointButton1-v0")))  # with its check of every observation, too
+    assert np.array_equal(fast, roll(simulator.make("SafetyPointButton2-v0")))  # with its check of every observation, too
 
 
 def test_the_double_integrator_moves_as_its_formula_says():
@@ -1996,13 +2006,13 @@ def test_paths_are_kept_as_they_were_driven(trained):
 
 
 @pytest.mark.parametrize("name", ["PointGoal1", "CarPush1"])
-def test_seen_from_above_the_lidars_nearest_is_the_nearest(name):
+def test_from_above_the_lidars_nearest_is_the_nearest(name):
     env, task = proco.make_env(name), get_task(name)
     obs, _ = env.reset(seed=4)
-    place, dangers = proco.seen_from_above(env)
+    dangers = proco.dangers(env)
     kinds = {lidar.name: proco.nearest(torch.as_tensor(proco.encode(obs, task)), task)[n].item()
              for n, lidar in enumerate(task.lidars)}
-    gaps = np.hypot(*(dangers[:, :2] - place).T)
+    gaps = np.hypot(*(dangers[:, :2] - proco.place(env)).T)
     assert min(gaps) == pytest.approx(min(kinds[k] for k in ("hazards", "pillars") if k in kinds), abs=1e-3)
     assert set(dangers[:, 2]) <= {0.2, 0.3}
 
