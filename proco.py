@@ -461,8 +461,7 @@ def to_device(arrays, task, cost, device):
 
 
 class Mlp(nn.Module):
-    """`members` separate networks of one shape as one batched product: x (B, I) or (E, B, I) -> (E, B, out); forward's
-    `members` picks some of them."""
+    """`members` networks of one shape as one batched product: x (B, I) or (E, B, I) -> (E, B, out), or some of E."""
 
     def __init__(self, sizes, members=1):
         super().__init__()
@@ -498,6 +497,9 @@ class Dynamics(nn.Module):
         self.register_buffer("elites", torch.arange(members))
         self.register_buffer("limit", torch.tensor(math.inf))
         self.register_buffer("closest", torch.zeros(self.kinds))
+        of = [n for n, lidar in enumerate(task.lidars) for _ in range(lidar.count)]                   # an object's kind
+        self.register_buffer("of", torch.tensor(of, dtype=torch.long), persistent=False)
+        self.register_buffer("reach", torch.tensor([task.lidars[n].reach for n in of]), persistent=False)
 
     def means(self, sensors, action, members=None):
         """sensors (B, s), action (B, A) -> the sensors' change (E, B, s), maps (E, B, kinds, 2, 3), and what the
@@ -538,7 +540,7 @@ class Dynamics(nn.Module):
     def hold(self, state, action, steps):
         """The best elite's mean state after some steps of one held action: state (B, S), action (B, A) -> (B, S). As
         the maps depend on sensors and action alone, things are moved once, by the product of the maps."""
-        size, lidars = len(self.task.sensors), self.task.lidars
+        size = len(self.task.sensors)
         sensors, scale, best = state[:, :size], self.shift[:, None, None], int(self.elites[0])
         whole = torch.eye(2, 3, device=state.device).expand(len(state), self.kinds, 2, 3)           # x -> whole (x, 1)
         for _ in range(steps):
@@ -546,12 +548,11 @@ class Dynamics(nn.Module):
             sensors, maps = (sensors + self.change * delta[0]).clamp(self.low, self.high), scale * maps[0]
             whole = whole + maps[..., :2] @ whole
             whole[..., 2] += maps[..., 2]
-        parts = [sensors]
-        for n, lidar in enumerate(lidars):
-            xy = state[:, lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))             # (B, N, 2)
-            unseen = xy.norm(dim=-1, keepdim=True) > 0.999 * lidar.reach
-            parts.append(torch.where(unseen, xy, xy @ whole[:, n, :, :2].mT + whole[:, n, None, :, 2]).flatten(-2))
-        return nearest_first(torch.cat(parts, -1), self.task)
+        x, y = state[:, size:].unflatten(-1, (len(self.of), 2)).unbind(-1)                        # (B, N)
+        a, b, c, d, e, f = whole.flatten(-2).index_select(1, self.of).unbind(-1)
+        unseen = x * x + y * y > (0.999 * self.reach) ** 2
+        xy = torch.stack([torch.where(unseen, x, a * x + b * y + c), torch.where(unseen, y, d * x + e * y + f)], -1)
+        return nearest_first(torch.cat([sensors, xy.flatten(-2)], -1), self.task)
 
     def foreseen(self, state):
         """Whether the model can say what comes next: not where something is redrawn when it is reached, as goals are,
@@ -978,7 +979,7 @@ class Agent(nn.Module):
     def _state(self, obs):
         return torch.as_tensor(encode(np.asarray(obs), self.task), device=self.mean.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, obs, held=None):
         """Actions for observations: obs (B, O) -> (B, A), a float32 array in [-1, 1]. held (B, A): the decisions under
         way, which stay where Q_f still calls them feasible; a decision is meant for task.repeat steps."""
@@ -991,7 +992,7 @@ class Agent(nn.Module):
             action[revise] = decide(state[revise])
         return action.cpu().numpy()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def feasibility(self, obs):
         """V_f of observations: obs (B, O) -> (B,) in [0, 1], a float32 array; feasible where it is <= self.eps."""
         return self.v_s(self.features(self._state(obs)))[0, :, 0].clamp(0, 1).cpu().numpy()
@@ -1150,8 +1151,7 @@ def dual_step(agent, violation, tolerance=0.003):
 
 
 # ==== 7. Evaluation in the simulator =================================================================================
-# The last weights, never the best ones; the same episode seeds for every method; nothing of the model's world is
-# trusted.
+# The last weights, never the best ones; the same episode seeds for every method; the model's world is not trusted.
 
 
 def place(env):
