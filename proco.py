@@ -116,9 +116,9 @@ class Config:
 
 
 # A line and a wall need less than a car among obstacles.
-PRESETS = {"DoubleIntegrator": dict(driver_episodes=100, hidden=64, model_epochs=40, margin=0.005, horizon=21,
-                                    rollouts=20_000, gamma_f=0.98, eps=0.4, clone_updates=500,
-                                    feasibility_updates=4_000, updates=1_000, look_ahead=0, eval_episodes=50)}
+PRESETS = {"DoubleIntegrator": dict(driver_episodes=100, hidden=64, margin=0.005, horizon=21, rollouts=20_000,
+                                    gamma_f=0.98, eps=0.4, clone_updates=500, feasibility_updates=4_000,
+                                    updates=1_000, look_ahead=0, eval_episodes=50)}
 
 
 # ==== Tasks, and the state they are seen through =====================================================================
@@ -471,7 +471,8 @@ class Mlp(nn.Module):
         self.biases = nn.ParameterList(torch.empty(members, 1, o).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
 
     def forward(self, x, members=None):
-        for n, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+        # a ParameterList makes up a name for every entry it hands out: a third of a small product's time
+        for n, (weight, bias) in enumerate(zip(*(part._parameters.values() for part in (self.weights, self.biases)))):
             if members is not None:
                 weight, bias = weight[members], bias[members]
             x = x.expand(len(weight), *x.shape[-2:]) if n == 0 else F.relu(x, inplace=True)
@@ -606,14 +607,12 @@ def dynamics_loss(model, state, action, next_state, delta, trusted):
     beta-NLL (Seitzer et al. 2022, beta = 1/2): the variance's root, detached, weighs each error, so that noisy
     fields neither drown the rest nor are ignored. The absolute error is what early stopping goes by: a few
     wrongly paired objects spoil a held-out likelihood long before the model has learnt all it can."""
-    size, lidars = len(model.task.sensors), model.task.lidars
+    size = len(model.task.sensors)
     mean, spread, maps, blur = model(state, action)
     error = (next_state[..., :size] - state[..., :size]) / model.change - mean
     loss = ((error.square() * (-spread).exp() + spread) * (spread / 2).exp().detach()).mean((1, 2))
     score = error.abs().mean((1, 2))
-    for n, lidar in enumerate(lidars):
-        first = (lidar.at - size) // 2
-        mine = slice(first, first + lidar.count)
+    for n, (lidar, mine) in enumerate(zip(model.task.lidars, object_slices(model.task))):
         xy = state[..., lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))               # (E, B, N, 2)
         error = delta[..., mine, :] / model.shift[n] - move(maps[..., n, :, :], xy)
         noise = blur[..., n, None]                                                                # (E, B, 1)
@@ -644,8 +643,7 @@ def train_dynamics(data, task, cfg, generator):
                                for mine in object_slices(task)]) if task.lidars else model.shift
     jumped = redrawn(state, next_state, task)
     model.closest = torch.where(jumped.float().mean(0) > 1e-4, nearest(state, task).amin(0), 0)
-    held_out = data["held_out"]
-    train, test = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    train, test = ((data["held_out"] == kind).nonzero()[:, 0] for kind in (False, True))
     test = test[torch.randperm(len(test), generator=generator, device=device)[:8192]]
     optimiser = torch.optim.Adam(model.parameters(), 2e-2, fused=True)
     best, kept, stale = torch.full((cfg.ensemble,), math.inf, device=device), None, 0
@@ -654,8 +652,7 @@ def train_dynamics(data, task, cfg, generator):
     for epoch in (bar := progress(range(epochs), "2 dynamics")):
         order = torch.stack([torch.randperm(len(train), generator=generator, device=device)
                              for _ in range(cfg.ensemble)])                                       # (E, B)
-        for group in optimiser.param_groups:            # high at first: 20 epochs fit what 40 did not at 3e-3
-            group["lr"] = 2e-2 * (1 - epoch / epochs)
+        optimiser.param_groups[0]["lr"] = 2e-2 * (1 - epoch / epochs)    # so high that 20 epochs do what 40 did at 3e-3
         for rows in train[order].split(512, 1):
             loss = dynamics_loss(model, *(field[rows] for field in fields))[0].sum()
             optimiser.zero_grad()
@@ -821,8 +818,7 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
         for part, sign in ((parts[3], 1), (parts[4], -1)):
             x = agent.features(state[part])
             options = candidate_actions(agent.propose(x), 8, generator)                           # (M, B, A)
-            fear = agent.danger(x, options)[..., 0]                                               # (M, B)
-            best = (sign * fear).argmax(0)
+            best = (sign * agent.danger(x, options)[..., 0]).argmax(0)                            # (B,)
             action[part] = options[best, torch.arange(len(part), device=device)]
         action, begin, known, unsafe = action.clamp(-1, 1), state, alive, []
         for _ in range(model.task.repeat):
@@ -927,7 +923,7 @@ class Agent(nn.Module):
                            q_c.argmin(0))
         return options[best, torch.arange(len(state), device=state.device)]
 
-    def imagine(self, model, state, generator=None):
+    def imagine(self, model, state):
         """The policy with look-ahead: state (B, S) -> (B, A).
 
         Each of the filter's candidates begins two plans: held for a drawn number of decisions, after which the actor
@@ -939,10 +935,16 @@ class Agent(nn.Module):
         is begun: TD3+BC's objective, for plans. Where none is left, choose() decides.
         # DEVIATION: PROCO's policy does not plan. But steering around a hazard is no smooth function of one
         observation: clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
-        generator, batch = generator or torch.Generator(state.device).manual_seed(0), len(state)
+        generator, batch = torch.Generator(state.device).manual_seed(0), len(state)
         draw = lambda *shape: torch.rand(*shape, generator=generator, device=state.device)
         x = self.features(state)
         options = candidate_actions(self.propose(x), self.candidates, generator)                  # (M, B, A)
+        feasible = self.danger(x, options)[..., 0] <= self.eps                                    # (M, B)
+        if not (hope := feasible.any(0)).all():         # where nothing is feasible there is nothing to plan
+            action = self.choose(state)
+            if hope.any():
+                action[hope] = self.imagine(model, state[hope])
+            return action
         count, size = len(options), options.shape[-1]
         # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
         second = torch.where(draw(count, 1, size) < 0.5, 2 * draw(count, 1, size) - 1,
@@ -951,8 +953,7 @@ class Agent(nn.Module):
         switch[count::2] = self.look_ahead                                                        # held throughout
         flat = lambda x: x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)                        # (., B, .) -> (rows, .)
         first, second, switch = flat(options.repeat(2, 1, 1)), flat(second), flat(switch)[:, None]
-        safe = (self.danger(x, options)[..., 0] <= self.eps).repeat(2, 1).flatten()
-        here, x = state.repeat(2 * count, 1), x.repeat(2 * count, 1)
+        safe, here, x = feasible.repeat(2, 1).flatten(), state.repeat(2 * count, 1), x.repeat(2 * count, 1)
         alive, away = torch.ones_like(safe), torch.zeros_like(first[:, 0])
         weight, discount = torch.ones_like(away), self.gamma ** self.task.repeat
         for t in range(self.look_ahead):
@@ -1138,8 +1139,7 @@ def cpq_loss(agent, x, pi, gain, clone, cfg):
     """CPQ (Xu et al. 2022): - 1[Q_c(s, pi) <= limit] Q_r / |Q_r|. # DEVIATION: with the cloning term of TD3+BC, as a
     deterministic actor without it leaves the data at once."""
     allowed = agent.q_s(torch.cat([x, pi], -1)).amax(0)[:, 1].detach() <= CPQ_LIMIT
-    cloning = 2 * cfg.bc_weight * clone
-    return torch.where(allowed, gain, cloning).mean(), None
+    return torch.where(allowed, gain, 2 * cfg.bc_weight * clone).mean(), None
 
 
 def dual_step(agent, violation, tolerance=0.003):

@@ -1394,6 +1394,14 @@ def test_look_ahead_heeds_both_safety_values():
     agent = far_sighted(lambda s: 100 * s[:, 0])
     agent.danger = lambda state, actions: (actions > -0.5).float().expand(*actions.shape[:-1], 2)
     assert (agent.imagine(Exact(), torch.tensor([[-5.0, 0.0]])) <= -0.5).all()
+    state, held = torch.tensor([[-5.0, 0.0], [0.5, 0.0], [-4.0, 1.0]]), []
+    agent.danger = lambda state, actions: (state[:, :1] > 0).float().expand(*actions.shape[:-1], 2)
+    agent.choose = lambda state: torch.full((len(state), 1), 0.123)
+    model = Exact()
+    model.hold = lambda state, *rest: (held.append(state), Exact().hold(state, *rest))[1]
+    alone, both = agent.imagine(Exact(), state[::2]), agent.imagine(model, state)
+    assert both[1] == 0.123 and torch.equal(both[::2], alone)                   # what is lost is not planned for,
+    assert held and all((there[:, 0] < 0.4).all() for there in held[:1])        # what is not is planned for as ever
 
 
 def test_look_ahead_stops_where_the_model_can_not_foresee():
