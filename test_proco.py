@@ -729,6 +729,7 @@ def test_what_costs_depend_on_is_predicted_well_on_the_real_simulator(driven):
     model = proco.train_dynamics(data, task, small(hidden=128, model_epochs=60, scale=1.0), gen(2))
     row = results.dynamics_report(model, data, steps=(1,))["hazards"]
     assert row["error"][0] < 0.5 * row["nothing_changes"][0] and row["error"][0] < 0.01
+    assert (model.drift == 0).all()                                             # hazards and vases stand still
 
 
 # =====================================================================================================================
@@ -1198,20 +1199,33 @@ def test_redrawn_tells_a_jump_from_a_drive():
     assert proco.nearest(state, task)[:, :2].tolist() == [[pytest.approx(0.4), pytest.approx(0.3)]] * 4
 
 
+def test_the_model_learns_what_moves_by_itself():
+    """Gremlins go 7 mm a step in any direction, all else stays where it is."""
+    task, rng = get_task("PointButton1"), np.random.default_rng(11)
+    state = spread_out(task, rng, 2000)
+    state[:, :3] = 0                                                            # the agent stands
+    after, gremlins = state.clone(), task.lidars[-1].at
+    turn = torch.tensor(rng.uniform(0, 2 * math.pi, (2000, 4)), dtype=torch.float32)
+    after[:, gremlins:] += 0.007 * torch.stack([turn.cos(), turn.sin()], -1).flatten(1)
+    episode = torch.arange(2000) // 100
+    data = dict(state=state, next_state=after, action=torch.tensor(rng.uniform(-1, 1, (2000, 2)), dtype=torch.float32),
+                episode=episode, held_out=episode >= 18)
+    torch.manual_seed(0)
+    model = proco.train_dynamics(data, task, small(hidden=64, model_epochs=15, scale=1.0), gen(3))
+    assert model.drift[:3].tolist() == [0, 0, 0] and model.drift[3] == pytest.approx(0.007, rel=0.1)
+
+
 def test_hidden_motion_moves_only_what_no_observation_foretells():
     task = get_task("PointButton1")
-    model = proco.Dynamics(task, 2, 8)
-    model.shift[:] = 0.01
-    for part in model.net.weights[-1], model.net.biases[-1]:
-        part.data.zero_()
-    model.net.biases[-1].data[:, 0, -4:] = torch.tensor([-9.0, -9.0, -9.0, 0.0])   # log-variances; gremlins come last
+    model = still(task)
+    model.drift[-1] = 0.01                                                      # gremlins come last
     state = spread_out(task, np.random.default_rng(3), 6)
     hidden = torch.ones(6, 4, 2)
-    still, moved = model.step(state, torch.zeros(6, 2))[0], model.step(state, torch.zeros(6, 2), hidden)[0]
+    still_there, moved = model.step(state, torch.zeros(6, 2))[0], model.step(state, torch.zeros(6, 2), hidden)[0]
     at = task.lidars[-1].at
-    assert torch.allclose(still[:, :at], moved[:, :at], atol=1e-6)
+    assert torch.allclose(still_there[:, :at], moved[:, :at], atol=1e-6)
     seen = state[:, at:].unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1) < 2.99
-    gap = (moved - still)[:, at:][seen]
+    gap = (moved - still_there)[:, at:][seen]
     assert len(gap) > 20 and gap.median() == pytest.approx(0.01, rel=0.1)      # one of them changed its place in the order
 
 
