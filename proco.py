@@ -1479,7 +1479,7 @@ def train(cfg, task, data, cost, folder, resume):
     path, seconds, saved = folder / "checkpoint.pt", {}, None
     if resume and path.exists():
         saved = load_checkpoint(path, data["state"].device)
-        differs = [key for key, value in saved["config"].items() if value != dataclasses.asdict(cfg)[key]]
+        differs = [key for key, value in saved["config"].items() if value != getattr(cfg, key) and key != "out"]
         if differs:
             raise ProcoError(f"{path} was trained with other settings ({', '.join(differs)}); use another --out")
     torch.manual_seed(cfg.seed)                 # weights; everything else is drawn from generators of its own

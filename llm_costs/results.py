@@ -344,7 +344,7 @@ def finished_run(cfg):
     folder = proco.run_folder(cfg)
     if (folder / "results.json").exists():
         made = json.loads((folder / "config.json").read_text())
-        differs = [key for key, value in dataclasses.asdict(cfg).items() if made.get(key) != value and key != "device"]
+        differs = [key for key, value in dataclasses.asdict(cfg).items() if made.get(key) != value and key not in ("device", "out")]
         if differs:
             raise ProcoError(f"{folder} was made with other settings ({', '.join(differs)}); use another --out")
     else:
