@@ -117,7 +117,7 @@ class Config:
 
 # A line and a wall need less than a car among obstacles.
 PRESETS = {"DoubleIntegrator": dict(driver_episodes=100, hidden=64, margin=0.005, horizon=21, rollouts=20_000,
-                                    gamma_f=0.98, eps=0.4, clone_updates=500, feasibility_updates=4_000,
+                                    gamma_f=0.98, eps=0.4, clone_updates=500, feasibility_updates=2_800,
                                     updates=1_000, look_ahead=0, eval_episodes=50)}
 
 
@@ -540,16 +540,16 @@ class Dynamics(nn.Module):
     def hold(self, state, action, steps):
         """The best elite's mean state after some steps of one held action: state (B, S), action (B, A) -> (B, S). As
         the maps depend on sensors and action alone, things are moved once, by the product of the maps."""
-        size = len(self.task.sensors)
-        sensors, scale, best = state[:, :size], self.shift[:, None, None], int(self.elites[0])
-        whole = torch.eye(2, 3, device=state.device).expand(len(state), self.kinds, 2, 3)           # x -> whole (x, 1)
+        size, best = len(self.task.sensors), int(self.elites[0])
+        sensors, whole = state[:, :size], torch.eye(2, 3, device=state.device)[..., None, None]   # x -> whole (x, 1)
         for _ in range(steps):
             delta, maps, _ = self.means(sensors, action, slice(best, best + 1))
-            sensors, maps = (sensors + self.change * delta[0]).clamp(self.low, self.high), scale * maps[0]
-            whole = whole + maps[..., :2] @ whole
-            whole[..., 2] += maps[..., 2]
+            sensors = (sensors + self.change * delta[0]).clamp(self.low, self.high)
+            maps = (self.shift * maps[0].permute(2, 3, 0, 1)).contiguous()                        # (2, 3, B, kinds)
+            whole = whole + maps[:, :1] * whole[0] + maps[:, 1:2] * whole[1]
+            whole[:, 2] += maps[:, 2]
         x, y = state[:, size:].unflatten(-1, (len(self.of), 2)).unbind(-1)                        # (B, N)
-        a, b, c, d, e, f = whole.flatten(-2).index_select(1, self.of).unbind(-1)
+        (a, b, c), (d, e, f) = whole.index_select(-1, self.of)
         unseen = x * x + y * y > (0.999 * self.reach) ** 2
         xy = torch.stack([torch.where(unseen, x, a * x + b * y + c), torch.where(unseen, y, d * x + e * y + f)], -1)
         return nearest_first(torch.cat([sensors, xy.flatten(-2)], -1), self.task)
