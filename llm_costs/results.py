@@ -258,10 +258,10 @@ def forecast(cfg, task, rows):
     slower = min(timeit.repeat(lambda: x @ weight, repeat=9, number=5)) / 5 / 0.0003
     training, share = 0.002 * cfg.clone_updates, 0.4 + 0.6 * (cfg.hidden / 128) ** 2       # of a width's updates
     if cfg.method != "bc":
-        training += share * cfg.updates * (0.017 if cfg.counterfactual else 0.004 if cfg.algorithm == "td3bc" else 0.009)
+        training += share * cfg.updates * (0.013 if cfg.counterfactual else 0.004 if cfg.algorithm == "td3bc" else 0.009)
     if cfg.counterfactual:
         decisions = cfg.rollouts * cfg.horizon / task.repeat
-        training += share * 0.011 * cfg.feasibility_updates + 1e-5 * task.state_dim * decisions
+        training += share * 0.009 * cfg.feasibility_updates + 1e-5 * task.state_dim * decisions
         training += 5e-6 * rows * cfg.model_epochs * cfg.ensemble
     steps = cfg.eval_episodes * task.steps / (20_000 if cfg.task == "DoubleIntegrator" else 250 * proco.WORKERS)
     return slower * (cfg.scale * training + steps)
