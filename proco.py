@@ -117,7 +117,7 @@ class Config:
 
 # A line and a wall need less than a car among obstacles.
 PRESETS = {"DoubleIntegrator": dict(driver_episodes=100, hidden=64, margin=0.005, horizon=21, rollouts=20_000,
-                                    gamma_f=0.98, eps=0.4, clone_updates=500, feasibility_updates=2_800,
+                                    gamma_f=0.98, eps=0.4, clone_updates=500, feasibility_updates=3_000,
                                     updates=1_000, look_ahead=0, eval_episodes=50)}
 
 
@@ -545,14 +545,14 @@ class Dynamics(nn.Module):
         for _ in range(steps):
             delta, maps, _ = self.means(sensors, action, slice(best, best + 1))
             sensors = (sensors + self.change * delta[0]).clamp(self.low, self.high)
-            maps = (self.shift * maps[0].permute(2, 3, 0, 1)).contiguous()                        # (2, 3, B, kinds)
+            maps = self.shift[:, None] * maps[0].permute(2, 3, 1, 0).contiguous()                 # (2, 3, kinds, B)
             whole = whole + maps[:, :1] * whole[0] + maps[:, 1:2] * whole[1]
             whole[:, 2] += maps[:, 2]
-        x, y = state[:, size:].unflatten(-1, (len(self.of), 2)).unbind(-1)                        # (B, N)
-        (a, b, c), (d, e, f) = whole.index_select(-1, self.of)
-        unseen = x * x + y * y > (0.999 * self.reach) ** 2
-        xy = torch.stack([torch.where(unseen, x, a * x + b * y + c), torch.where(unseen, y, d * x + e * y + f)], -1)
-        return nearest_first(torch.cat([sensors, xy.flatten(-2)], -1), self.task)
+        x, y = state[:, size:].unflatten(-1, (len(self.of), 2)).permute(2, 1, 0).contiguous()     # (N, B), far faster
+        (a, b, c), (d, e, f) = whole[:, :, self.of]
+        unseen = x * x + y * y > (0.999 * self.reach[:, None]) ** 2
+        xy = torch.stack([torch.where(unseen, x, a * x + b * y + c), torch.where(unseen, y, d * x + e * y + f)])
+        return nearest_first(torch.cat([sensors, xy.permute(2, 1, 0).flatten(-2)], -1), self.task)
 
     def foreseen(self, state):
         """Whether the model can say what comes next: not where something is redrawn when it is reached, as goals are,
