@@ -548,7 +548,7 @@ class Dynamics(nn.Module):
             maps = self.shift[:, None] * maps[0].permute(2, 3, 1, 0).contiguous()                 # (2, 3, kinds, B)
             whole = whole + maps[:, :1] * whole[0] + maps[:, 1:2] * whole[1]
             whole[:, 2] += maps[:, 2]
-        x, y = state[:, size:].unflatten(-1, (len(self.of), 2)).permute(2, 1, 0).contiguous()     # (N, B), far faster
+        x, y = state[:, size:].unflatten(-1, (len(self.of), 2)).permute(2, 1, 0).contiguous()     # (N, B): long rows
         (a, b, c), (d, e, f) = whole[:, :, self.of]
         unseen = x * x + y * y > (0.999 * self.reach[:, None]) ** 2
         xy = torch.stack([torch.where(unseen, x, a * x + b * y + c), torch.where(unseen, y, d * x + e * y + f)])
