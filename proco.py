@@ -476,7 +476,9 @@ class Mlp(nn.Module):
             if members is not None:
                 weight, bias = weight[members], bias[members]
             x = x.expand(len(weight), *x.shape[-2:]) if n == 0 else F.relu(x, inplace=True)
-            x = torch.baddbmm(bias, x, weight)                                                    # (E, B, out)
+            # few outputs make slow rows, but fast columns; backwards it is the other way round
+            last = n == len(self.weights) - 1 and not torch.is_grad_enabled()
+            x = torch.baddbmm(bias.mT, weight.mT, x.mT).mT if last else torch.baddbmm(bias, x, weight)    # (E, B, out)
         return x
 
 
@@ -913,16 +915,16 @@ class Agent(nn.Module):
         candidates the nearest to the proposal among those with Q_f <= eps; if there is none, that with the least Q_c.
         Choosing by Q_r instead finds its errors: it fell from 48 to 15 on PointCircle1."""
         x, count = self.features(state), self.candidates if count is None else count
-        proposal = self.propose(x)
-        if count == 0:
-            return proposal
-        generator = generator or torch.Generator(state.device).manual_seed(0)
-        options = candidate_actions(proposal, count, generator)                                   # (M, B, A)
+        return self.filtered(x, generator, count)[0] if count else self.propose(x)
+
+    def filtered(self, x, generator=None, count=None):
+        """choose() on features x (B, F) -> its action (B, A), the candidates (M, B, A), which are feasible (M, B)."""
+        generator, proposal = generator or torch.Generator(x.device).manual_seed(0), self.propose(x)
+        options = candidate_actions(proposal, count or self.candidates, generator)                # (M, B, A)
         q_f, q_c = self.danger(x, options).unbind(-1)                                             # (M, B)
-        away = (options - proposal).square().sum(-1)
-        best = torch.where((q_f <= self.eps).any(0), torch.where(q_f <= self.eps, away, math.inf).argmin(0),
-                           q_c.argmin(0))
-        return options[best, torch.arange(len(state), device=state.device)]
+        away, feasible = (options - proposal).square().sum(-1), q_f <= self.eps
+        best = torch.where(feasible.any(0), torch.where(feasible, away, math.inf).argmin(0), q_c.argmin(0))
+        return options[best, torch.arange(len(x), device=x.device)], options, feasible
 
     def imagine(self, model, state):
         """The policy with look-ahead: state (B, S) -> (B, A).
@@ -936,16 +938,13 @@ class Agent(nn.Module):
         is begun: TD3+BC's objective, for plans. Where none is left, choose() decides.
         # DEVIATION: PROCO's policy does not plan. But steering around a hazard is no smooth function of one
         observation: clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
-        generator, batch = torch.Generator(state.device).manual_seed(0), len(state)
+        generator, x = torch.Generator(state.device).manual_seed(0), self.features(state)
         draw = lambda *shape: torch.rand(*shape, generator=generator, device=state.device)
-        x = self.features(state)
-        options = candidate_actions(self.propose(x), self.candidates, generator)                  # (M, B, A)
-        feasible = self.danger(x, options)[..., 0] <= self.eps                                    # (M, B)
-        if not (hope := feasible.any(0)).all():         # where nothing is feasible there is nothing to plan
-            action = self.choose(state)
-            if hope.any():
-                action[hope] = self.imagine(model, state[hope])
-            return action
+        chosen, options, feasible = self.filtered(x, generator)
+        hope = feasible.any(0).nonzero()[:, 0]          # where nothing is feasible there is nothing to plan
+        if not len(hope):
+            return chosen
+        state, x, options, feasible, batch = state[hope], x[hope], options[:, hope], feasible[:, hope], len(hope)
         count, size = len(options), options.shape[-1]
         # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
         second = torch.where(draw(count, 1, size) < 0.5, 2 * draw(count, 1, size) - 1,
@@ -954,12 +953,14 @@ class Agent(nn.Module):
         switch[count::2] = self.look_ahead                                                        # held throughout
         flat = lambda x: x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)                        # (., B, .) -> (rows, .)
         first, second, switch = flat(options.repeat(2, 1, 1)), flat(second), flat(switch)[:, None]
+        driver, action = torch.tanh(self.clone(x)[0]).repeat(2 * count, 1), first     # all plans of a state begin in it
         safe, here, x = feasible.repeat(2, 1).flatten(), state.repeat(2 * count, 1), x.repeat(2 * count, 1)
         alive, away = torch.ones_like(safe), torch.zeros_like(first[:, 0])
         weight, discount = torch.ones_like(away), self.gamma ** self.task.repeat
         for t in range(self.look_ahead):
-            driver, actor = torch.tanh(self.clone(x)[0]), self.propose(x[:count * batch])
-            action = torch.where(t < switch, first, torch.cat([actor, second]))
+            if t:
+                driver = torch.tanh(self.clone(x)[0])
+                action = torch.where(t < switch, first, torch.cat([self.propose(x[:count * batch]), second]))
             away = away + weight * (action - driver).square().mean(-1)
             there = model.hold(here, action, self.task.repeat)
             alive = alive & model.foreseen(there)               # what comes where a goal is redrawn, Q_r knows from D
@@ -971,7 +972,8 @@ class Agent(nn.Module):
         score = weight * worth / self.q_scale - PLAN_CLONE * away
         score, best = torch.where(safe, score, -math.inf).view(-1, batch).max(0)
         planned = first.view(-1, batch, size)[best, torch.arange(batch, device=state.device)]
-        return torch.where(score[:, None] > -math.inf, planned, self.choose(state))
+        chosen[hope] = torch.where(score[:, None] > -math.inf, planned, chosen[hope])
+        return chosen
 
     @property
     def plans(self):

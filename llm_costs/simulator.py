@@ -28,9 +28,11 @@ def import_simulator():
         import safety_gymnasium
         import safety_gymnasium.builder
         import safety_gymnasium.world as world
-        from safety_gymnasium.assets.geoms.buttons import Buttons
-        from safety_gymnasium.assets.geoms.pillars import Pillars
+        import mujoco
+        from safety_gymnasium.assets.free_geoms.vases import Vases
+        from safety_gymnasium.assets.geoms import Buttons, Goal, Hazards, Pillars
         from safety_gymnasium.assets.mocaps.gremlins import Gremlins
+        from safety_gymnasium.bases.base_agent import BaseAgent
         from safety_gymnasium.bases.base_task import BaseTask
         from safety_gymnasium.tasks.button.button_level0 import ButtonLevel0
         from safety_gymnasium.utils.random_generator import RandomGenerator
@@ -48,35 +50,70 @@ def import_simulator():
             parsed[file.name].get("textures", {}).update(skybox=sky)
         return copy.deepcopy(parsed[file.name])
 
-    def move(gremlins):                         # four look-ups by name and four np.r_, ten times a step
-        model, data, phase = gremlins.engine.model, gremlins.engine.data, float(gremlins.engine.data.time)
-        if gremlins.__dict__.get("seen_model") is not model:
-            gremlins.seen_model, gremlins.places = model, np.full((gremlins.num, 3), float(gremlins.size))
-            gremlins.slots = [model.body_mocapid[model.body(f"gremlin{i}mocap").id] for i in range(gremlins.num)]
-        gremlins.places[:, 0], gremlins.places[:, 1] = np.sin(phase) * gremlins.travel, np.cos(phase) * gremlins.travel
-        data.mocap_pos[gremlins.slots] = gremlins.places
+    @functools.lru_cache(1024)                  # the stock one looks up fifty names a step; a reset makes a new model
+    def ids(model, what, name, count=1):
+        return np.array([getattr(model, what)(name.format(n)).id for n in range(count)])
 
-    def lidar(task, positions):                 # asks for the agent's pose once, not for each thing; always with aliasing
-        place, turn, reach = task.agent.pos, task.agent.mat, task.lidar_conf.max_dist
-        positions = np.array(positions, ndmin=2)
-        bins, apart = [0.0] * task.lidar_conf.num_bins, np.zeros((len(positions), 1, 3))
-        apart[:, 0, :2] = positions[:, :2]
-        size, (x, y) = np.pi * 2 / len(bins), np.matmul(apart - place, turn)[:, 0, :2].T
-        angles, values = np.arctan2(y, x) % (np.pi * 2), np.maximum(0, reach - np.abs(x + 1j * y)) / reach
-        for angle, value in zip(angles.tolist(), values.tolist()):
-            i = int(angle / size)
-            share, right, left = (angle - size * i) / size, (i + 1) % len(bins), (i - 1) % len(bins)
-            bins[i] = max(bins[i], value)
-            bins[right], bins[left] = max(bins[right], share * value), max(bins[left], (1 - share) * value)
-        return np.array(bins)
+    def bodies(name):                           # the positions of all of a kind
+        return property(lambda thing: thing.engine.data.xpos[ids(thing.engine.model, "body", name, thing.num)])
+
+    def body(name, field, shape):
+        return property(lambda thing: getattr(thing.engine.data, field)[
+            ids(thing.engine.model, "body", name)[0]].reshape(shape).copy())
+
+    @functools.lru_cache(1024)
+    def sensor_at(model, name):
+        n = model.sensor(name).id
+        return slice(model.sensor_adr[n], model.sensor_adr[n] + model.sensor_dim[n])
+
+    def get_sensor(agent, name):
+        return agent.engine.data.sensordata[sensor_at(agent.engine.model, name)].copy()
+
+    def dist_xy(agent, pos):
+        (x, y), (u, v) = pos[:2], agent.pos[:2].tolist()
+        return np.sqrt((x - u) * (x - u) + (y - v) * (y - v))
+
+    @functools.lru_cache(1024)
+    def mocaps(model, count):
+        return model.body_mocapid[ids(model, "body", "gremlin{}mocap", count)]
+
+    def move(gremlins):                         # all alike, each about a place of its own
+        data = gremlins.engine.data
+        x, y = np.sin(data.time) * gremlins.travel, np.cos(data.time) * gremlins.travel
+        data.mocap_pos[mocaps(gremlins.engine.model, gremlins.num)] = x, y, gremlins.size
+
+    def observed(stock):                        # all lidars at once, and no gymnasium to flatten them
+        @functools.wraps(stock)
+        def obs(task):
+            conf, seen = task.lidar_conf, [thing for thing in task._obstacles if thing.is_lidar_observed]
+            if task.observe_vision or not task.observation_flatten or not (conf.alias and conf.max_dist) or \
+                    conf.type != "pseudo" or any(getattr(thing, "is_comp_observed", False) for thing in seen):
+                return stock(task)
+            mujoco.mj_forward(task.model, task.data)
+            places = [np.array(thing.pos, ndmin=2) for thing in seen]
+            lidars = [n for n, part in enumerate(places) for _ in part]
+            apart = np.zeros((len(lidars), 1, 3))
+            apart[:, 0, :2] = np.concatenate(places)[:, :2]
+            x, y = np.matmul(apart - task.agent.pos, task.agent.mat)[:, 0, :2].T
+            angles = np.arctan2(y, x) % (np.pi * 2)
+            values = np.maximum(0, conf.max_dist - np.abs(x + 1j * y)) / conf.max_dist
+            bins, count, size = [[0.0] * conf.num_bins for _ in seen], conf.num_bins, np.pi * 2 / conf.num_bins
+            for n, angle, value in zip(lidars, angles.tolist(), values.tolist()):
+                if value and not (seen[n].name == "buttons" and seen[n].timer):
+                    row, i = bins[n], int(angle / size)
+                    share, right, left = (angle - size * i) / size, (i + 1) % count, (i - 1) % count
+                    row[i] = max(row[i], value)
+                    row[right], row[left] = max(row[right], share * value), max(row[left], (1 - share) * value)
+            return np.concatenate([*map(np.ravel, task.agent.obs_sensor().values()), *bins])
+        return obs
 
     def touches(engine, agent):                 # to list the contacts takes long, and most are wheels on the floor
-        model, data = engine.model, engine.data
+        model, contact = engine.model, engine.data.contact
         if agent.__dict__.get("seen_model") is not model:
-            agent.seen_model, agent.parts = model, np.zeros(model.ngeom)
-            agent.parts[[model.geom(name).id for name in agent.body_info.geom_names]] = 1
-            agent.parts[model.geom("floor").id] = 2
-        return (agent.parts[data.contact.geom1] + agent.parts[data.contact.geom2] == 1).any()
+            parts = [model.geom(n).name for n in range(model.ngeom)]
+            agent.seen_model = model
+            agent.parts = [2 if name == "floor" else int(name in agent.body_info.geom_names) for name in parts]
+        return any(agent.parts[a] + agent.parts[b] == 1 for a, b in zip(contact.geom1.tolist(), contact.geom2.tolist()))
 
     def where_touched(stock):
         @functools.wraps(stock)
@@ -106,6 +143,12 @@ def import_simulator():
         kind.cal_cost = where_touched(kind.cal_cost)
     reached = ButtonLevel0.goal_achieved.fget
     ButtonLevel0.goal_achieved = property(lambda task: touches(task, task.agent) and reached(task))
-    RandomGenerator.sample_layout, BaseTask._obs_lidar_pseudo = sample_layout, lidar
-    world.yaml, Gremlins.move = SimpleNamespace(load=load, FullLoader=yaml.FullLoader), move
+    for kind, name in ((Buttons, "button{}"), (Hazards, "hazard{}"), (Pillars, "pillar{}"), (Gremlins, "gremlin{}obj"),
+                       (Vases, "vase{}")):
+        kind.pos = bodies(name)
+    Goal.pos, BaseAgent.pos, BaseAgent.mat = body("goal", "xpos", 3), body("agent", "xpos", 3), body("agent", "xmat", (3, 3))
+    BaseAgent.get_sensor, BaseAgent.dist_xy, Gremlins.move = get_sensor, dist_xy, move
+    BaseTask.obs, ButtonLevel0.obs = observed(BaseTask.obs), observed(ButtonLevel0.obs)
+    RandomGenerator.sample_layout = sample_layout
+    world.yaml = SimpleNamespace(load=load, FullLoader=yaml.FullLoader)
     return safety_gymnasium
