@@ -735,9 +735,7 @@ def danger_distance(cost, obs, action, next_obs, top=1.0):
 
 @torch.no_grad()
 def conservative_cost(model, cost, state, action, nexts, margin):
-    """c^(s, a) = max over the elites i of cost(s, a, s'_i, margin): state (B, S), nexts (E, B, S) -> (B,) 0 or 1.
-
-    # ASSUMED: the margin is twice the model's own error of the distance to danger (model_margin)."""
+    """c^(s, a) = max over the elites i of cost(s, a, s'_i, margin): state (B, S), nexts (E, B, S) -> (B,) 0 or 1."""
     task = model.task
     return cost(decode(state, task), action, decode(nexts, task), margin).amax(0)
 
@@ -847,7 +845,6 @@ def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
 # V_f(s) = gamma_f^k: a violation k steps ahead that nobody can avoid any more. V_f(s) = 0: somebody can stay safe
 # for ever. Between the two lies eps; the boundary V_f = eps is what report.png draws in white.
 
-
 # ASSUMED: what a plan pays for leaving the cloned policy. With less an agent stands still less often, and errs more.
 PLAN_CLONE = 0.15
 
@@ -944,34 +941,36 @@ class Agent(nn.Module):
         hope = feasible.any(0).nonzero()[:, 0]          # where nothing is feasible there is nothing to plan
         if not len(hope):
             return chosen
-        state, x, options, feasible, batch = state[hope], x[hope], options[:, hope], feasible[:, hope], len(hope)
+        state, x, options, feasible = state[hope], x[hope], options[:, hope], feasible[:, hope]
         count, size = len(options), options.shape[-1]
         # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
         second = torch.where(draw(count, 1, size) < 0.5, 2 * draw(count, 1, size) - 1,
                              (3 * draw(count, 1, size)).floor() - 1)
         switch = 1 + draw(2 * count, 1) * (self.look_ahead - 1)
         switch[count::2] = self.look_ahead                                                        # held throughout
-        flat = lambda x: x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)                        # (., B, .) -> (rows, .)
-        first, second, switch = flat(options.repeat(2, 1, 1)), flat(second), flat(switch)[:, None]
-        driver, action = torch.tanh(self.clone(x)[0]).repeat(2 * count, 1), first     # all plans of a state begin in it
-        safe, here, x = feasible.repeat(2, 1).flatten(), state.repeat(2 * count, 1), x.repeat(2 * count, 1)
-        alive, away = torch.ones_like(safe), torch.zeros_like(first[:, 0])
-        weight, discount = torch.ones_like(away), self.gamma ** self.task.repeat
+        n, who = feasible.repeat(2, 1).nonzero(as_tuple=True)           # the plans that are not ruled out, and whose
+        begun, second, switch = options[n % count, who], second[n % count, 0], switch[n, 0]
+        driver, action, here, x = torch.tanh(self.clone(x)[0])[who], begun, state[who], x[who]
+        alive, away, weight, discount = True, 0, torch.ones_like(switch), self.gamma ** self.task.repeat
         for t in range(self.look_ahead):
             if t:
-                driver = torch.tanh(self.clone(x)[0])
-                action = torch.where(t < switch, first, torch.cat([self.propose(x[:count * batch]), second]))
+                driver, action = torch.tanh(self.clone(x)[0]), torch.where(t < switch[:, None], begun, second)
+                late = ((n < count) & (t >= switch)).nonzero()[:, 0]
+                action[late] = self.propose(x[late])
             away = away + weight * (action - driver).square().mean(-1)
             there = model.hold(here, action, self.task.repeat)
             alive = alive & model.foreseen(there)               # what comes where a goal is redrawn, Q_r knows from D
             x_there = self.features(there)
-            safe = safe & ~(alive & (self.v_s(x_there)[0, :, 0] > self.eps))
+            keep = (~alive | (self.v_s(x_there)[0, :, 0] <= self.eps)).nonzero()[:, 0]
             here, x = (torch.where(alive[:, None], *pair) for pair in ((there, here), (x_there, x)))
             weight = torch.where(alive, weight * discount, weight)
+            n, who, here, x, begun, second, switch, alive, away, weight = (
+                v[keep] for v in (n, who, here, x, begun, second, switch, alive, away, weight))
         worth = self.q_r(torch.cat([x, self.propose(x)], -1)).amin(0)[:, 0]
-        score = weight * worth / self.q_scale - PLAN_CLONE * away
-        score, best = torch.where(safe, score, -math.inf).view(-1, batch).max(0)
-        planned = first.view(-1, batch, size)[best, torch.arange(batch, device=state.device)]
+        score = x.new_full((2 * count, len(hope)), -math.inf)
+        score[n, who] = weight * worth / self.q_scale - PLAN_CLONE * away
+        score, best = score.max(0)
+        planned = options[best % count, torch.arange(len(hope), device=state.device)]
         chosen[hope] = torch.where(score[:, None] > -math.inf, planned, chosen[hope])
         return chosen
 
@@ -1217,14 +1216,14 @@ def drive_checkpoint(folder, name, seeds, behaviour, first):
 def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
     """Drives a run's agent in the simulator, in parallel processes: the last weights, the same episode seeds for
     every method -> list of episodes, by seed."""
-    workers = min(WORKERS, episodes)
-    shares = [range(first_seed + w, first_seed + episodes, workers) for w in range(workers)]
+    shares = [range(first_seed, first_seed + episodes)[w::WORKERS] for w in range(min(WORKERS, episodes))]
     work = functools.partial(drive_checkpoint, str(folder), name, behaviour=behaviour, first=first_seed)
     if name == "DoubleIntegrator":
         rows = [row for share in shares for row in work(share)]
     else:
-        with ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn")) as pool:
-            rows = [row for part in pool.map(work, shares) for row in part]
+        pool = ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn"))
+        rows = [row for part in pool.map(work, shares) for row in part]
+        pool.shutdown(wait=False)               # they take half a second to leave
     return sorted(rows, key=lambda row: row.seed)
 
 
@@ -1554,15 +1553,14 @@ def load_dynamics(weights, task, cfg):
     """The Dynamics of a checkpoint, from its state_dict."""
     model = Dynamics(task, cfg.ensemble, cfg.hidden // 2).requires_grad_(False)
     model.elites = weights["elites"]            # their number differs from a fresh model's
-    model.load_state_dict(weights)
+    model.load_state_dict({"drift": model.drift, **weights})             # before there was a drift, nothing drifted
     return model
 
 
 def load_run(folder, device="cpu"):
     """The agent of a finished run: .act(obs (B, O)) -> (B, A), .feasibility(obs (B, O)) -> (B,), .eps. Raises
     ProcoError where there is no run."""
-    path = Path(folder) / "checkpoint.pt"
-    saved = load_checkpoint(path, device)
+    saved = load_checkpoint(Path(folder) / "checkpoint.pt", device)
     cfg = Config(**saved["config"])
     task = get_task(cfg.task, cfg.raw_obs)
     agent = Agent(task, cfg)

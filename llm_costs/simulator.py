@@ -146,7 +146,8 @@ def import_simulator():
     for kind, name in ((Buttons, "button{}"), (Hazards, "hazard{}"), (Pillars, "pillar{}"), (Gremlins, "gremlin{}obj"),
                        (Vases, "vase{}")):
         kind.pos = bodies(name)
-    Goal.pos, BaseAgent.pos, BaseAgent.mat = body("goal", "xpos", 3), body("agent", "xpos", 3), body("agent", "xmat", (3, 3))
+    Goal.pos, BaseAgent.pos, BaseAgent.mat = (body(*what) for what in (("goal", "xpos", 3), ("agent", "xpos", 3),
+                                                                       ("agent", "xmat", (3, 3))))
     BaseAgent.get_sensor, BaseAgent.dist_xy, Gremlins.move = get_sensor, dist_xy, move
     BaseTask.obs, ButtonLevel0.obs = observed(BaseTask.obs), observed(ButtonLevel0.obs)
     RandomGenerator.sample_layout = sample_layout
