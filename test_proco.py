@@ -1396,15 +1396,18 @@ def test_look_ahead_stays_with_the_cloned_policy_where_nothing_is_to_be_won():
 
 
 def test_look_ahead_heeds_both_safety_values():
+    def mark(agent):                                                            # what the filter alone would do: 0.123
+        judged = agent.filtered
+        agent.filtered = lambda x, generator: (torch.full((len(x), 1), 0.123), *judged(x, generator)[1:])
     agent, state = far_sighted(lambda s: 0 * s[:, 0], v_f=lambda state: torch.ones(1, len(state), 2)), torch.randn(9, 2)
-    agent.choose = lambda state: torch.full((len(state), 1), 0.123)
+    mark(agent)
     assert (agent.imagine(Exact(), state) == 0.123).all()                       # no plan is left: the filter decides
     agent = far_sighted(lambda s: 100 * s[:, 0])
     agent.danger = lambda state, actions: (actions > -0.5).float().expand(*actions.shape[:-1], 2)
     assert (agent.imagine(Exact(), torch.tensor([[-5.0, 0.0]])) <= -0.5).all()
     state, held = torch.tensor([[-5.0, 0.0], [0.5, 0.0], [-4.0, 1.0]]), []
     agent.danger = lambda state, actions: (state[:, :1] > 0).float().expand(*actions.shape[:-1], 2)
-    agent.choose = lambda state: torch.full((len(state), 1), 0.123)
+    mark(agent)
     model = Exact()
     model.hold = lambda state, *rest: (held.append(state), Exact().hold(state, *rest))[1]
     alone, both = agent.imagine(Exact(), state[::2]), agent.imagine(model, state)
