@@ -471,15 +471,14 @@ class Mlp(nn.Module):
         self.biases = nn.ParameterList(torch.empty(members, 1, o).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
 
     def forward(self, x, members=None):
+        x = x.mT                        # the batch last: products of few rows are fast, of few columns slow
         # a ParameterList makes up a name for every entry it hands out: a third of a small product's time
         for n, (weight, bias) in enumerate(zip(*(part._parameters.values() for part in (self.weights, self.biases)))):
             if members is not None:
                 weight, bias = weight[members], bias[members]
             x = x.expand(len(weight), *x.shape[-2:]) if n == 0 else F.relu(x, inplace=True)
-            # few outputs make slow rows, but fast columns; backwards it is the other way round
-            last = n == len(self.weights) - 1 and not torch.is_grad_enabled()
-            x = torch.baddbmm(bias.mT, weight.mT, x.mT).mT if last else torch.baddbmm(bias, x, weight)    # (E, B, out)
-        return x
+            x = torch.baddbmm(bias.mT, weight.mT, x)                                              # (E, out, B)
+        return x.mT
 
 
 class Dynamics(nn.Module):
