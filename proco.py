@@ -29,8 +29,8 @@ Legend for shapes: E members, B batch, T time, H horizon, S state, F features of
 M candidates, N objects.
 ASSUMED marks what the paper leaves open, DEVIATION where we leave it, FORK where a fork would cut in.
 """
-import argparse, contextlib, copy, dataclasses, difflib, functools, importlib.metadata, json, math, multiprocessing
-import os, signal, sys, time
+import argparse, contextlib, copy, dataclasses, difflib, functools, importlib.metadata, json, math
+import multiprocessing, multiprocessing.forkserver, os, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,6 +324,10 @@ def make_env(name):
 KEYS = "observations next_observations actions rewards costs terminals timeouts".split()
 CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
 WORKERS = os.cpu_count() or 1
+# workers are forked from a server that has imported what takes a second, where there is such a thing
+WORKER_START = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
+                                           else "spawn")
+WORKER_START.set_forkserver_preload(["torch", "h5py", "mujoco"])
 
 
 def make_driver(name, rng):
@@ -359,7 +363,7 @@ def drive_data(name, episodes):
     if name == "DoubleIntegrator":
         parts = [work(seed) for seed in range(episodes)]
     else:
-        with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(WORKERS, WORKER_START) as pool:
             parts = list(bar(pool.map(work, range(episodes))))
     with whole(path) as part, h5py.File(part, "w") as file:
         for key in KEYS:
@@ -466,9 +470,9 @@ class Mlp(nn.Module):
     def __init__(self, sizes, members=1):
         super().__init__()
         bounds = [1 / math.sqrt(size) for size in sizes[:-1]]                     # the usual uniform initialisation
-        self.weights = nn.ParameterList(torch.empty(members, i, o).uniform_(-b, b)
+        self.weights = nn.ParameterList(torch.empty(members, o, i).uniform_(-b, b)
                                         for i, o, b in zip(sizes[:-1], sizes[1:], bounds))
-        self.biases = nn.ParameterList(torch.empty(members, 1, o).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
+        self.biases = nn.ParameterList(torch.empty(members, o, 1).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
 
     def forward(self, x, members=None):
         x = x.mT                        # the batch last: products of few rows are fast, of few columns slow
@@ -477,7 +481,7 @@ class Mlp(nn.Module):
             if members is not None:
                 weight, bias = weight[members], bias[members]
             x = x.expand(len(weight), *x.shape[-2:]) if n == 0 else F.relu(x, inplace=True)
-            x = torch.baddbmm(bias.mT, weight.mT, x)                                              # (E, out, B)
+            x = torch.baddbmm(bias, weight, x)                                                    # (E, out, B)
         return x.mT
 
 
@@ -925,9 +929,9 @@ class Agent(nn.Module):
     def imagine(self, model, state):
         """The policy with look-ahead: state (B, S) -> (B, A).
 
-        Each of the filter's candidates begins two plans: held for a drawn number of decisions, after which the actor
-        drives; and held throughout, or followed by a second drawn action. The best model drives all plans. Ruled out is
-        what Q_f calls infeasible at its beginning or V_f on its way; of the others the best by
+        Each of the filter's candidates begins two plans or three: held throughout; held for a drawn number of decisions,
+        after which the actor drives; and, every second one, followed by another drawn action. The best model drives all
+        plans. Ruled out is what Q_f calls infeasible at its beginning or V_f on its way; of the others the best by
 
             gamma^t Q_r(end) / |Q_r| - PLAN_CLONE sum over its decisions of gamma^t (a - clone(s))^2
 
@@ -941,34 +945,36 @@ class Agent(nn.Module):
         if not len(hope):
             return chosen
         state, x, options, feasible = state[hope], x[hope], options[:, hope], feasible[:, hope]
-        count, size = len(options), options.shape[-1]
+        count, size, last = len(options), options.shape[-1], self.look_ahead
         # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
-        second = torch.where(draw(count, 1, size) < 0.5, 2 * draw(count, 1, size) - 1,
-                             (3 * draw(count, 1, size)).floor() - 1)
-        switch = 1 + draw(2 * count, 1) * (self.look_ahead - 1)
-        switch[count::2] = self.look_ahead                                                        # held throughout
-        n, who = feasible.repeat(2, 1).nonzero(as_tuple=True)           # the plans that are not ruled out, and whose
-        begun, second, switch = options[n % count, who], second[n % count, 0], switch[n, 0]
-        driver, action, here, x = torch.tanh(self.clone(x)[0])[who], begun, state[who], x[who]
-        alive, away, weight, discount = True, 0, torch.ones_like(switch), self.gamma ** self.task.repeat
-        for t in range(self.look_ahead):
-            if t:
-                driver, action = torch.tanh(self.clone(x)[0]), torch.where(t < switch[:, None], begun, second)
-                late = ((n < count) & (t >= switch)).nonzero()[:, 0]
-                action[late] = self.propose(x[late])
-            away = away + weight * (action - driver).square().mean(-1)
+        second = torch.where(draw(count, size) < 0.5, 2 * draw(count, size) - 1, (3 * draw(count, size)).floor() - 1)
+        leave = 2 + (draw(2, count) * (last - 2)).long()                # when the actor, when the second action sets in
+        leave[1, ::2] = last
+        begun, who = feasible.nonzero(as_tuple=True)    # a row a plan: how it begins and whose it is
+        kind, action, here, x = torch.zeros_like(begun), options[begun, who], state[who], x[who]  # 0 held, 1 actor, 2
+        alive, away, weight, discount = kind == 0, 0, torch.ones_like(x[:, 0]), self.gamma ** self.task.repeat
+        for t in range(last):
+            driven = (kind == 1).nonzero()[:, 0]
+            action[driven] = self.propose(x[driven])
+            away = away + weight * (action - torch.tanh(self.clone(x)[0])).square().mean(-1)
             there = model.hold(here, action, self.task.repeat)
             alive = alive & model.foreseen(there)               # what comes where a goal is redrawn, Q_r knows from D
             x_there = self.features(there)
-            keep = (~alive | (self.v_s(x_there)[0, :, 0] <= self.eps)).nonzero()[:, 0]
             here, x = (torch.where(alive[:, None], *pair) for pair in ((there, here), (x_there, x)))
             weight = torch.where(alive, weight * discount, weight)
-            n, who, here, x, begun, second, switch, alive, away, weight = (
-                v[keep] for v in (n, who, here, x, begun, second, switch, alive, away, weight))
+            keep = (~alive | (self.v_s(x_there)[0, :, 0] <= self.eps)).nonzero()[:, 0]
+            # plans that begin alike are driven as one until they part
+            part = [keep[(kind[keep] == 0) & (leave[n, begun[keep]] == t + 1)] for n in (0, 1)]
+            rows = torch.cat([keep, *part])
+            kind, begun, who, here, x, action, alive, away, weight = (
+                v[rows] for v in (kind, begun, who, here, x, action, alive, away, weight))
+            kind[len(keep):] = 1
+            kind[len(rows) - len(part[1]):] = 2
+            action = torch.where(kind[:, None] == 2, second[begun], action)
         worth = self.q_r(torch.cat([x, self.propose(x)], -1)).amin(0)[:, 0]
-        score = x.new_full((2 * count, len(hope)), -math.inf)
-        score[n, who] = weight * worth / self.q_scale - PLAN_CLONE * away
-        score, best = score.max(0)
+        score = x.new_full((3, *feasible.shape), -math.inf)
+        score[kind, begun, who] = weight * worth / self.q_scale - PLAN_CLONE * away
+        score, best = score.flatten(0, 1).max(0)
         planned = options[best % count, torch.arange(len(hope), device=state.device)]
         chosen[hope] = torch.where(score[:, None] > -math.inf, planned, chosen[hope])
         return chosen
@@ -1090,9 +1096,9 @@ def actor_loss(agent, rows, cfg):
     (B,) and its cloning term clone (B,). # FORK: another algorithm is another function here."""
     x = rows["x"]
     pi = agent.propose(x)
-    q_r = agent.q_r(torch.cat([x, pi], -1), slice(1))[0, :, 0]                                    # the first twin's
+    q_r = agent.q_r(torch.cat([x, pi], -1), slice(1)).flatten()                                   # the first twin's
     on_d = (rows["trust"] == 1).float()
-    agent.q_scale.copy_(((q_r.abs() * on_d).sum() / on_d.sum()).detach().clamp(min=1e-6))
+    agent.q_scale.copy_((on_d @ q_r.detach().abs() / on_d.sum()).clamp(min=1e-6))
     clone = rows["trust"] * (pi - rows["driver"]).square().mean(-1)
     gain = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone                                       # TD3+BC
     if cfg.algorithm == "td3bc":
@@ -1220,7 +1226,7 @@ def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
     if name == "DoubleIntegrator":
         rows = [row for share in shares for row in work(share)]
     else:
-        pool = ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn"))
+        pool = ProcessPoolExecutor(len(shares), WORKER_START)
         rows = [row for part in pool.map(work, shares) for row in part]
         pool.shutdown(wait=False)               # they take half a second to leave
     return sorted(rows, key=lambda row: row.seed)
@@ -1265,8 +1271,9 @@ def adam(*nets, rate=3e-4):
 
 def descend(optimiser, loss):
     """One gradient step; gradients of other networks that the loss passes through are not computed."""
-    optimiser.zero_grad()
-    loss.backward(inputs=optimiser.param_groups[0]["params"])
+    params = optimiser.param_groups[0]["params"]
+    for param, grad in zip(params, torch.autograd.grad(loss, params)):
+        param.grad = grad
     optimiser.step()
 
 
@@ -1297,6 +1304,7 @@ class Learner:
         self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
                                safety=adam(agent.q_s, agent.v_s, rate=1e-3))
         self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
+        self.slow, self.fast = ([p.data for p in net.parameters()] for net in (agent.q_r_slow, agent.q_r))
         self.step, self.cf, self.snapshots, self.metrics, self.graphs = 0, None, [], [], None
         if cfg.device == "cuda-graphs":         # what a graph reads must stay where it is: the learning rates, too
             self.graphs = {}
@@ -1425,7 +1433,7 @@ class Learner:
                                       cfg.gamma ** self.task.repeat, self.generator,
                                       CPQ_LIMIT if cfg.algorithm == "cpq" else None)
             descend(self.optimisers["q_r"], loss)
-            torch._foreach_lerp_(list(agent.q_r_slow.parameters()), [p.data for p in agent.q_r.parameters()], 0.02)
+            torch._foreach_lerp_(self.slow, self.fast, 0.02)
             logs["reward_loss"] = loss.detach()
             loss, violation = actor_loss(agent, rows, cfg)
             descend(self.optimisers["actor"], loss)
@@ -1578,6 +1586,8 @@ def run(cfg, resume=False):
     """Everything, from data to results -> the content of results.json."""
     WARNINGS.clear()
     begin, task = time.time(), get_task(cfg.task, cfg.raw_obs)
+    if WORKER_START.get_start_method() == "forkserver":
+        multiprocessing.forkserver.ensure_running()
     for name, low, high in (("scale", 0, 1e6), ("eps", 0, 1), ("gamma_f", 0, 1), ("gamma", 0, 1.000001),
                             ("horizon", -1, 1e4), ("ensemble", 0, 100), ("hidden", 1, 1e5), ("batch", 1, 1e6),
                             ("driver_episodes", 1, 1e6), ("eval_episodes", 0, 1e6)):

@@ -124,24 +124,36 @@ def import_simulator():
             return stock(thing)
         return cal_cost
 
-    def sample_layout(generator):               # the same draws; the stock one asks numpy for each of 60,000 distances
-        layout, taken, margin = {}, [], generator.placements_margin
-        for name, (placements, keepout) in generator.placements.items():
-            for _ in range(100):
-                place = generator.draw_placement(placements, keepout)
-                x, y = place.tolist()
-                if all(math.sqrt((x - u) * (x - u) + (y - v) * (y - v)) >= k + margin + keepout for u, v, k in taken):
-                    break
-            else:
-                return False
-            layout[name] = place
-            taken.append((x, y, keepout))
-        generator.layout = layout
-        return True
+    def sample_layout(generator):               # the same draws; the stock one asks numpy for each of 60,000 numbers
+        if any(places and len(places) > 1 for places, _ in generator.placements.values()):
+            return stock_layout(generator)
+        layout, taken, rng = {}, [], generator.random_generator
+        before, numbers, used = rng.get_state(), rng.random_sample(200 * len(generator.placements)).tolist(), 0
+        try:
+            for name, (places, keepout) in generator.placements.items():
+                west, south, east, north = generator.constrain_placement(
+                    places[0] if places else generator.placements_extents, keepout)
+                apart = [(u, v, other + generator.placements_margin + keepout) for u, v, other in taken]
+                for used in range(used + 2, used + 202, 2):
+                    x, y = west + (east - west) * numbers[used - 2], south + (north - south) * numbers[used - 1]
+                    for u, v, least in apart:
+                        if math.sqrt((x - u) * (x - u) + (y - v) * (y - v)) < least:
+                            break
+                    else:
+                        break
+                else:
+                    return False
+                layout[name] = np.array([x, y])
+                taken.append((x, y, keepout))
+            generator.layout = layout
+            return True
+        finally:                                # the generator stands where it would, had it drawn one by one
+            rng.set_state(before)
+            rng.random_sample(used)
 
     for kind in (Gremlins, Buttons, Pillars):
         kind.cal_cost = where_touched(kind.cal_cost)
-    reached = ButtonLevel0.goal_achieved.fget
+    stock_layout, reached = RandomGenerator.sample_layout, ButtonLevel0.goal_achieved.fget
     ButtonLevel0.goal_achieved = property(lambda task: touches(task, task.agent) and reached(task))
     for kind, name in ((Buttons, "button{}"), (Hazards, "hazard{}"), (Pillars, "pillar{}"), (Gremlins, "gremlin{}obj"),
                        (Vases, "vase{}")):
