@@ -50,7 +50,7 @@ from llm_costs.language import CostError, ProcoError
 from llm_costs.oracle import oracle_cost
 from llm_costs.results import (compare, diagnose, dynamics_report, forecast, keep_paths, print_dynamics, report,
                                summary, versions, write_table)
-from llm_costs.simulator import import_simulator
+from llm_costs.simulator import dangers, import_simulator, place
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("bc", "td3bc", "td3bc-lag", "fisor", "cpq", "proco", "proco-fisor", "proco-cpq")
@@ -324,9 +324,8 @@ def make_env(name):
 KEYS = "observations next_observations actions rewards costs terminals timeouts".split()
 CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
 WORKERS = os.cpu_count() or 1
-# workers are forked from a server that has imported what takes a second, where there is such a thing
-WORKER_START = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
-                                           else "spawn")
+# workers come from a server that has imported what takes a second; run() starts it beside its first steps
+WORKER_START = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 WORKER_START.set_forkserver_preload(["torch", "h5py", "mujoco"])
 
 
@@ -949,9 +948,10 @@ class Agent(nn.Module):
         # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
         second = torch.where(draw(count, size) < 0.5, 2 * draw(count, size) - 1, (3 * draw(count, size)).floor() - 1)
         leave = 2 + (draw(2, count) * (last - 2)).long()                # when the actor, when the second action sets in
-        leave[1, ::2] = last
+        leave[1, ::2] = 0                               # never
         begun, who = feasible.nonzero(as_tuple=True)    # a row a plan: how it begins and whose it is
-        kind, action, here, x = torch.zeros_like(begun), options[begun, who], state[who], x[who]  # 0 held, 1 actor, 2
+        # kind: 0, the first action is held; 1, the actor drives; 2, the second action
+        kind, action, here, x = torch.zeros_like(begun), options[begun, who], state[who], x[who]
         alive, away, weight, discount = kind == 0, 0, torch.ones_like(x[:, 0]), self.gamma ** self.task.repeat
         for t in range(last):
             driven = (kind == 1).nonzero()[:, 0]
@@ -1161,19 +1161,6 @@ def dual_step(agent, violation, tolerance=0.003):
 # The last weights, never the best ones; the same episode seeds for every method; the model's world is not trusted.
 
 
-def place(env):
-    """Where the agent is: (2,) in m; on a line its place and its speed."""
-    task = getattr(getattr(env, "unwrapped", None), "task", None)
-    return np.array(task.agent.pos[:2] if task else [getattr(env, "x", 0.0), getattr(env, "v", 0.0)])
-
-
-def dangers(env):
-    """What does not move and must not be touched: (N, 3), x, y and radius in m."""
-    task = getattr(getattr(env, "unwrapped", None), "task", None)
-    things = filter(None, (getattr(task, kind, None) for kind in ("hazards", "pillars")))
-    return np.array([(*where[:2], thing.size) for thing in things for where in thing.pos]).reshape(-1, 3)
-
-
 def drive(agent, name, seeds, act=None, bar=None):
     """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each its seed, ret, cost,
     length, obs (T, O), actions (T, A), costs (T,), path (T, 2) and dangers (N, 3)."""
@@ -1235,6 +1222,7 @@ def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
 # ==== 8. A run: train, evaluate, keep ================================================================================
 
 WARNINGS = []                                   # what results.json must tell besides the numbers
+FORMAT = 2                                      # of checkpoint.pt, to be raised when older ones can't be read
 
 
 def warn(text):
@@ -1510,8 +1498,8 @@ def train(cfg, task, data, cost, folder, resume):
 
     def checkpoint():
         with whole(path) as part:
-            torch.save(dict(config=dataclasses.asdict(cfg), model=model and model.state_dict(), report=report,
-                            margin=margin, seconds=seconds, random=random, learner=learner.state()), part)
+            torch.save(dict(format=FORMAT, config=dataclasses.asdict(cfg), model=model and model.state_dict(),
+                            report=report, margin=margin, seconds=seconds, random=random, learner=learner.state()), part)
 
     if not saved:
         checkpoint()
@@ -1549,18 +1537,21 @@ def train(cfg, task, data, cost, folder, resume):
 def load_checkpoint(path, device="cpu"):
     """The content of a checkpoint.pt. It is pickled, so load only your own."""
     try:
-        return torch.load(path, map_location=device, weights_only=False)
+        saved = torch.load(path, map_location=device, weights_only=False)
     except OSError:
         raise ProcoError(f"there is no {path}: train first, or give another folder") from None
     except Exception as error:                  # torch and pickle raise many kinds for a file that is cut
-        raise ProcoError(f"{path} is damaged or from another version ({type(error).__name__}); train again") from None
+        raise ProcoError(f"{path} is damaged ({type(error).__name__}); train again") from None
+    if saved.get("format") != FORMAT:
+        raise ProcoError(f"{path} is of another version of this program; train again")
+    return saved
 
 
 def load_dynamics(weights, task, cfg):
     """The Dynamics of a checkpoint, from its state_dict."""
     model = Dynamics(task, cfg.ensemble, cfg.hidden // 2).requires_grad_(False)
     model.elites = weights["elites"]            # their number differs from a fresh model's
-    model.load_state_dict({"drift": model.drift, **weights})             # before there was a drift, nothing drifted
+    model.load_state_dict(weights)
     return model
 
 
@@ -1586,7 +1577,7 @@ def run(cfg, resume=False):
     """Everything, from data to results -> the content of results.json."""
     WARNINGS.clear()
     begin, task = time.time(), get_task(cfg.task, cfg.raw_obs)
-    if WORKER_START.get_start_method() == "forkserver":
+    if os.name == "posix":
         multiprocessing.forkserver.ensure_running()
     for name, low, high in (("scale", 0, 1e6), ("eps", 0, 1), ("gamma_f", 0, 1), ("gamma", 0, 1.000001),
                             ("horizon", -1, 1e4), ("ensemble", 0, 100), ("hidden", 1, 1e5), ("batch", 1, 1e6),

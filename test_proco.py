@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,8 +292,8 @@ def simulator_drives(make):
     return np.concatenate(numbers)
 
 
-def stock_drives(path):
-    """Saves simulator_drives of Safety-Gymnasium as it is installed. For a process of its own: it must not see ours."""
+def stock_simulator():
+    """Safety-Gymnasium as it is installed. For a process of its own: it must not see ours."""
     original = dataclasses._get_field
 
     def get_field(cls, name, *rest):            # all it needs to be imported since Python 3.11
@@ -302,7 +302,12 @@ def stock_drives(path):
         return original(cls, name, *rest)
     dataclasses._get_field = get_field
     import safety_gymnasium
-    np.save(path, simulator_drives(lambda name: safety_gymnasium.make(f"Safety{name}-v0")))
+    return lambda name: safety_gymnasium.make(f"Safety{name}-v0")
+
+
+def stock_drives(path):
+    """Saves simulator_drives of the stock simulator."""
+    np.save(path, simulator_drives(stock_simulator()))
 
 
 def test_the_fast_simulator_is_the_stock_one_to_the_bit(simulator, tmp_path):
@@ -535,7 +540,7 @@ def test_members_are_separate_networks():
     out, each = net(x), torch.randn(4, 5, 3)
     assert out.shape == (4, 5, 2) and net(each).shape == (4, 5, 2)
     for m in range(4):
-        layers = [(w[m].T, b[m, 0]) for w, b in zip(net.weights, net.biases)]
+        layers = [(w[m], b[m, :, 0]) for w, b in zip(net.weights, net.biases)]
 
         def alone(x):
             for n, (w, b) in enumerate(layers):
@@ -1357,6 +1362,38 @@ def test_choose_takes_the_least_cost_where_nothing_is_feasible():
         assert chosen[row].tolist() == min(options[:, row].tolist(), key=lambda o: (o[0] - 0.3) ** 2 + o[1] ** 2)
 
 
+def judges(q_r=None, q_s=None, v_s=None):
+    """An agent whose critics say what they are told of two states: q_r and q_s of (action (B,)), v_s (B, 2)."""
+    twins = lambda f: lambda inputs: f(inputs[:, -1]).expand(2, -1, -1)
+    return SimpleNamespace(eps=0.5, log_lam=torch.tensor(2.0).log(), q_scale=torch.tensor(3.0), q_r=twins(q_r) if q_r
+                           else None, q_s=twins(q_s), v_s=lambda x: None if v_s is None else torch.tensor([v_s]))
+
+
+def test_the_lagrangian_pays_lambda_for_a_violation_where_safety_can_be_kept_and_q_c_where_not():
+    agent = judges(q_s=lambda a: torch.stack([0.7 + 0 * a, 0.25 + 0 * a], -1), v_s=[[0.4, 0.0], [0.9, 0.0]])
+    loss, violation = proco.lagrangian_loss(agent, torch.zeros(2, 3), torch.zeros(2, 1), torch.tensor([0.3, -9.0]))
+    assert float(loss) == pytest.approx((0.3 + 2 * 0.2 + 20 * 0.25) / 2) and float(violation) == pytest.approx(0.2)
+
+
+def test_fisor_weighs_the_driver_by_his_advantage_and_the_way_back_by_its_cost():
+    agent = judges(q_r=lambda a: 2 * a[:, None], q_s=lambda a: torch.stack([0.1 + 0 * a, 0.4 + 0 * a], -1),
+                   v_s=[[0.4, 0.0], [0.9, 0.3]])
+    rows = dict(x=torch.zeros(2, 3), driver=torch.tensor([[0.5], [0.5]]), action=torch.tensor([[0.5], [1.0]]))
+    loss, violation = proco.fisor_loss(agent, rows, torch.zeros(2, 1), torch.tensor([0.25, 0.25]))
+    assert violation is None and float(loss) == pytest.approx((math.e * 0.25 + math.exp(-2) * 1) / 2, rel=1e-5)
+    agent = judges(q_r=lambda a: 2 * a[:, None], q_s=lambda a: torch.stack([0.6 + 0 * a, 0.4 + 0 * a], -1),
+                   v_s=[[0.4, 0.0], [0.9, 0.3]])                                # what the driver did is infeasible
+    assert float(proco.fisor_loss(agent, rows, torch.zeros(2, 1), torch.tensor([0.25, 0.25]))[0]) == pytest.approx(
+        math.exp(-2) / 2, rel=1e-5)
+
+
+def test_cpq_earns_only_where_q_c_is_within_its_limit():
+    agent = judges(q_s=lambda a: torch.stack([0 * a, a], -1))
+    pi, cfg = torch.tensor([[proco.CPQ_LIMIT - 0.01], [proco.CPQ_LIMIT + 0.01]]), small(bc_weight=1.5)
+    loss, _ = proco.cpq_loss(agent, torch.zeros(2, 3), pi, torch.tensor([-7.0, -7.0]), torch.tensor([0.2, 0.2]), cfg)
+    assert float(loss) == pytest.approx((-7 + 2 * 1.5 * 0.2) / 2)
+
+
 @pytest.mark.parametrize("changes", [dict(candidates=0), dict(method="bc"), dict(method="td3bc")])
 def test_without_the_filter_the_proposal_is_the_action(changes):
     agent = watchful(lambda a: torch.ones_like(a[..., 0]), lambda a: a[..., 0], **changes)
@@ -1413,6 +1450,14 @@ def test_look_ahead_heeds_both_safety_values():
     alone, both = agent.imagine(Exact(), state[::2]), agent.imagine(model, state)
     assert both[1] == 0.123 and torch.equal(both[::2], alone)                   # what is lost is not planned for,
     assert held and all((there[:, 0] < 0.4).all() for there in held[:1])        # what is not is planned for as ever
+
+
+def test_look_ahead_drives_plans_that_begin_alike_as_one():
+    agent, model, rows = far_sighted(lambda s: 100 * s[:, 0]), Exact(), []
+    model.hold = lambda state, *rest: (rows.append(len(state)), Exact().hold(state, *rest))[1]
+    agent.imagine(model, torch.tensor([[-5.0, 0.0], [-6.0, 0.0]]))              # no plan of a second is doomed here
+    assert rows[:2] == [64, 64] and rows == sorted(rows)                        # 32 candidates each, all held for two
+    assert rows[-1] == 2 * (32 + 32 + 16)                                       # in the end all have parted
 
 
 def test_look_ahead_stops_where_the_model_can_not_foresee():
@@ -2190,6 +2235,8 @@ def test_a_broken_checkpoint_is_said_in_one_sentence(tmp_path, capsys):
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"PK\x03\x04 not all of it")
     assert "checkpoint.pt" in fails(capsys, "--diagnose", folder)
+    torch.save(dict(config={}), folder / "checkpoint.pt")
+    assert "another version" in fails(capsys, "--diagnose", folder)
 
 
 @pytest.mark.skipif(not os.environ.get("PROCO_SLOW"), reason="takes minutes: set PROCO_SLOW=1")
@@ -2369,21 +2416,22 @@ def test_nobody_there_unknown_tasks_and_bad_folders_are_told_at_once(server, tmp
 
 def plain_td3bc(learner):
     """TD3+BC as it is usually written: a module a network, twins one after the other, Adam without fusion; with the
-    widths, the batch and the features of `learner` -> one update of critics and actor, as a function of a batch."""
-    cfg, agent, nn = learner.cfg, learner.agent, torch.nn
-    width, acts = agent.features(learner.data["state"][:1]).shape[-1], learner.task.act_dim
+    widths, the batch, the data and their features of `learner` -> one update of critics and actor."""
+    cfg, data, nn = learner.cfg, learner.data, torch.nn
+    width, acts = data["x"].shape[-1], learner.task.act_dim
     net = lambda i, o: nn.Sequential(nn.Linear(i, cfg.hidden), nn.ReLU(), nn.Linear(cfg.hidden, cfg.hidden), nn.ReLU(),
                                      nn.Linear(cfg.hidden, o))
     actor, q1, q2, slow1, slow2 = net(width, acts), *(net(width + acts, 1) for _ in range(4))
     critics = torch.optim.Adam([*q1.parameters(), *q2.parameters()], 3e-4, foreach=False)
     actors, gamma = torch.optim.Adam(actor.parameters(), 3e-4, foreach=False), cfg.gamma ** learner.task.repeat
 
-    def update(d):
-        state, action, following = agent.features(d["state"]), d["action"], agent.features(d["next_state"])
+    def update():
+        rows = torch.randint(0, len(data["x"]), (cfg.batch,))
+        state, action, following, reward, done = (data[key][rows] for key in ("x", "action", "next_x", "reward", "done"))
         with torch.no_grad():
             noise = (0.2 * torch.randn_like(action)).clamp(-0.5, 0.5)
             pair = torch.cat([following, (torch.tanh(actor(following)) + noise).clamp(-1, 1)], -1)
-            target = d["reward"][:, None] + gamma * (1 - d["done"][:, None]) * torch.min(slow1(pair), slow2(pair))
+            target = reward[:, None] + gamma * (1 - done[:, None]) * torch.min(slow1(pair), slow2(pair))
         pair = torch.cat([state, action], -1)
         loss = torch.nn.functional.mse_loss(q1(pair), target) + torch.nn.functional.mse_loss(q2(pair), target)
         critics.zero_grad()
@@ -2401,11 +2449,41 @@ def plain_td3bc(learner):
     return update
 
 
-def bench(name="PointGoal1"):
+def evaluation_seconds(run, name, episodes, stock):
+    """Prints how long an episode of a finished run takes to evaluate: as a run does it, or one after the other with the
+    stock simulator and its reset. For a process of its own."""
+    if stock:
+        torch.set_num_threads(1)
+        agent, env = proco.load_run(run), stock_simulator()(name)
+        proco.make_env = SimpleNamespace(__wrapped__=lambda name: env)
+        work = lambda: [proco.drive(agent, name, [10_000 + n]) for n in range(episodes)]
+    else:
+        with ProcessPoolExecutor(1, proco.WORKER_START) as pool:                # a run has had the server for minutes
+            pool.submit(int).result()
+        work = lambda: proco.evaluate(run, name, episodes)
+    begin = time.perf_counter()
+    work()
+    print("\nSECONDS", (time.perf_counter() - begin) / episodes)
+
+
+def bench_evaluation(run, rounds=3):
+    """Times the evaluation of 20 episodes against the stock simulator's, in turn, the latter on 3 episodes."""
+    name = json.loads((Path(run) / "config.json").read_text())["task"]
+    for _ in range(rounds):
+        ours, stock = (float(subprocess.run(
+            [sys.executable, "-c", f"import test_proco; test_proco.evaluation_seconds({str(run)!r}, {name!r}, {n}, {stock})"],
+            check=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.split("SECONDS")[1])
+            for n, stock in ((20, False), (3, True)))
+        print(f"evaluation of {name}: 20 episodes in {20 * ours:.1f} s; one process with the stock simulator {stock:.2f} s "
+              f"an episode, {stock / ours:.2f} times as long", flush=True)
+
+
+def bench(name="PointGoal1", threads=1):
     """Prints a table: for each step its milliseconds (median of 5 rounds), its operations, and the rate they make beside
     that of a large matrix product on the same threads."""
     from torch.utils.flop_counter import FlopCounterMode
     median = lambda times: sorted(times)[len(times) // 2]
+    torch.set_num_threads(threads)
 
     def timed(work, count):
         work()
@@ -2456,10 +2534,10 @@ def bench(name="PointGoal1"):
     row("the same, a decision under way", lambda: agent.act(obs, np.zeros((10, task.act_dim), np.float32)))
 
     alone = proco.Learner(dataclasses.replace(cfg, method="td3bc"), task, data, cost, None, 0.02)
-    usual, batch = plain_td3bc(alone), {key: values[:cfg.batch] for key, values in alone.data.items()}
+    usual = plain_td3bc(alone)
     ratios = []
     for _ in range(5):                                                          # in turn: the machine's moods hit both
-        pair = [timed(work, 30) for work in (lambda: at(2, alone), lambda: usual(batch))]
+        pair = [timed(work, 30) for work in (lambda: at(2, alone), usual)]
         ratios.append(pair[1] / pair[0])
     print(f"| td3bc update, critics and actor | {1e3 * pair[0]:.2f} | | |")
     print(f"| the same as separate modules with plain Adam | {1e3 * pair[1]:.2f} | | |")
@@ -2472,6 +2550,9 @@ def bench(name="PointGoal1"):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--bench"]:
-        sys.exit("usage: python test_proco.py --bench, or python -m pytest -q")
-    bench()
+    if sys.argv[1:2] != ["--bench"] or len(sys.argv) > 3:
+        sys.exit("usage: python test_proco.py --bench [finished RUN, to time its evaluation], or python -m pytest -q")
+    for threads in sorted({1, proco.WORKERS}):
+        bench(threads=threads)
+    if sys.argv[2:]:
+        bench_evaluation(sys.argv[2])

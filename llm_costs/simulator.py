@@ -165,3 +165,16 @@ def import_simulator():
     RandomGenerator.sample_layout = sample_layout
     world.yaml = SimpleNamespace(load=load, FullLoader=yaml.FullLoader)
     return safety_gymnasium
+
+
+def place(env):
+    """Where the agent is: (2,) in m; on a line its place and its speed."""
+    task = getattr(getattr(env, "unwrapped", None), "task", None)
+    return np.array(task.agent.pos[:2] if task else [getattr(env, "x", 0.0), getattr(env, "v", 0.0)])
+
+
+def dangers(env):
+    """What does not move and must not be touched: (N, 3), x, y and radius in m."""
+    task = getattr(getattr(env, "unwrapped", None), "task", None)
+    things = filter(None, (getattr(task, kind, None) for kind in ("hazards", "pillars")))
+    return np.array([(*where[:2], thing.size) for thing in things for where in thing.pos]).reshape(-1, 3)
