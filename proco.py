@@ -20,7 +20,7 @@ copies the drivers and crashes a little off their tracks. PROCO makes up the cra
     7 evaluation       return and cost in the real simulator
 
     python proco.py --task CarButton1              # everything from data to scores; results under runs/
-    python proco.py --task DoubleIntegrator        # one minute, no simulator needed, closed form known
+    python proco.py --task DoubleIntegrator        # half a minute, no simulator needed, closed form known
     python proco.py --task PointGoal1 --method bc  # what plain cloning does on the same data
     python proco.py --compare bc,td3bc-lag,proco --seeds 5 --tasks PointGoal1,CarGoal1
     python proco.py --diagnose runs/PointGoal1/proco/seed0
