@@ -253,17 +253,17 @@ def versions():
 
 def forecast(cfg, task, rows):
     """Seconds that training on `rows` rows of D and evaluation will take on this CPU, roughly: what the steps took on the
-    README's machine, where the product below took 0.3 ms, by how much longer it takes here."""
+    README's machine, where the product below takes 0.18 ms, by how much longer it takes here."""
     x, weight = torch.randn(2, 512, 128), torch.randn(2, 128, 128)
-    slower = min(timeit.repeat(lambda: x @ weight, repeat=9, number=5)) / 5 / 0.0003
-    training, share = 0.0012 * cfg.clone_updates, 0.4 + 0.6 * (cfg.hidden / 128) ** 2       # of a width's updates
+    slower = min(timeit.repeat(lambda: x @ weight, repeat=9, number=5)) / 5 / 0.00018
+    training, share = 0.0007 * cfg.clone_updates, 0.4 + 0.6 * (cfg.hidden / 128) ** 2       # of a width's updates
     if cfg.method != "bc":
-        training += share * cfg.updates * (0.012 if cfg.counterfactual else 0.003 if cfg.algorithm == "td3bc" else 0.008)
+        training += share * cfg.updates * (0.007 if cfg.counterfactual else 0.002 if cfg.algorithm == "td3bc" else 0.005)
     if cfg.counterfactual:
         decisions = cfg.rollouts * cfg.horizon / task.repeat
-        training += share * 0.0076 * cfg.feasibility_updates + 3e-6 * task.state_dim * decisions
-        training += 3.3e-6 * rows * cfg.model_epochs * cfg.ensemble
-    steps = cfg.eval_episodes * task.steps / (20_000 if cfg.task == "DoubleIntegrator" else 450 * proco.WORKERS)
+        training += share * 0.0045 * cfg.feasibility_updates + 1.8e-6 * task.state_dim * decisions
+        training += 2e-6 * rows * cfg.model_epochs * cfg.ensemble
+    steps = cfg.eval_episodes * task.steps / (20_000 if cfg.task == "DoubleIntegrator" else 750 * proco.WORKERS)
     return slower * (cfg.scale * training + steps)
 
 
