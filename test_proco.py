@@ -1938,7 +1938,7 @@ def test_the_forecast_grows_with_what_there_is_to_do(monkeypatch):
     whole = seconds()
     assert 180 < whole < 300                                                    # it took two minutes there
     for less in (["--scale", "0.1"], ["--method", "td3bc-lag"], ["--method", "bc"], ["--eval-episodes", "0", "--horizon", "0"]):
-        assert 0 < seconds(*less) < 0.8 * whole
+        assert 0 < seconds(*less) < 0.9 * whole
 
 
 def test_the_summary_counts_violation_free_episodes():
