@@ -769,8 +769,7 @@ def model_margin(model, cost, data):
 
 # ==== 4. Counterfactual roll-outs: what did not happen ===============================================================
 # Steps 2 and 3 together make what D lacks. A roll-out that ends in a violation is an unsafe sample; the steps
-# before it that no action could have saved are infeasible ones, which look as harmless as any: step 5 tells them
-# apart.
+# before it that no action could have saved are infeasible ones, which look as harmless as any: step 5 tells.
 
 LINGER = 20     # steps that a roll-out goes on after its first violation: leaving danger must be learnt, too
 MOTION = 3      # the first sensors of a state with lidars: velocity x, y and yaw rate
@@ -1069,7 +1068,8 @@ def with_counterfactuals(d, cf):
 
 def reward_critic_loss(agent, x, action, reward, next_x, done, gamma, generator, limit=None):
     """TD3's twin critics (Fujimoto et al. 2018) on D, with smoothed target actions; reward and done (B,). CPQ (Xu et
-    al. 2022) counts what follows only where the next action's Q_c is within a limit."""
+    al. 2022) counts what follows only where the next action's Q_c is within a limit. # DEVIATION: the actor has no slow
+    copy, as cloning holds it still."""
     with torch.no_grad():
         noise = 0.2 * torch.randn(action.shape, generator=generator, device=action.device)
         following = ((proposal := agent.propose(next_x)) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)

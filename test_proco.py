@@ -2415,13 +2415,13 @@ def test_nobody_there_unknown_tasks_and_bad_folders_are_told_at_once(server, tmp
 
 
 def plain_td3bc(learner):
-    """TD3+BC as it is usually written: a module a network, twins one after the other, Adam without fusion; with the
-    widths, the batch, the data and their features of `learner` -> one update of critics and actor."""
+    """TD3+BC as it is usually written: a module a network, a slow copy of each, twins one after the other, Adam without
+    fusion; with the widths, the batch, the data and their features of `learner` -> one update of critics and actor."""
     cfg, data, nn = learner.cfg, learner.data, torch.nn
     width, acts = data["x"].shape[-1], learner.task.act_dim
     net = lambda i, o: nn.Sequential(nn.Linear(i, cfg.hidden), nn.ReLU(), nn.Linear(cfg.hidden, cfg.hidden), nn.ReLU(),
                                      nn.Linear(cfg.hidden, o))
-    actor, q1, q2, slow1, slow2 = net(width, acts), *(net(width + acts, 1) for _ in range(4))
+    actor, slow_actor, (q1, q2, slow1, slow2) = net(width, acts), net(width, acts), (net(width + acts, 1) for _ in range(4))
     critics = torch.optim.Adam([*q1.parameters(), *q2.parameters()], 3e-4, foreach=False)
     actors, gamma = torch.optim.Adam(actor.parameters(), 3e-4, foreach=False), cfg.gamma ** learner.task.repeat
 
@@ -2430,7 +2430,7 @@ def plain_td3bc(learner):
         state, action, following, reward, done = (data[key][rows] for key in ("x", "action", "next_x", "reward", "done"))
         with torch.no_grad():
             noise = (0.2 * torch.randn_like(action)).clamp(-0.5, 0.5)
-            pair = torch.cat([following, (torch.tanh(actor(following)) + noise).clamp(-1, 1)], -1)
+            pair = torch.cat([following, (torch.tanh(slow_actor(following)) + noise).clamp(-1, 1)], -1)
             target = reward[:, None] + gamma * (1 - done[:, None]) * torch.min(slow1(pair), slow2(pair))
         pair = torch.cat([state, action], -1)
         loss = torch.nn.functional.mse_loss(q1(pair), target) + torch.nn.functional.mse_loss(q2(pair), target)
@@ -2443,7 +2443,7 @@ def plain_td3bc(learner):
         actors.zero_grad()
         loss.backward()
         actors.step()
-        for net, slow in ((q1, slow1), (q2, slow2)):
+        for net, slow in ((q1, slow1), (q2, slow2), (actor, slow_actor)):
             for fast, late in zip(net.parameters(), slow.parameters()):
                 late.data.copy_(0.02 * fast.data + 0.98 * late.data)
     return update
