@@ -326,7 +326,7 @@ CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
 WORKERS = os.cpu_count() or 1
 # workers come from a server that has imported what takes a second; run() starts it beside its first steps
 WORKER_START = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-WORKER_START.set_forkserver_preload(["torch", "h5py", "mujoco"])
+WORKER_START.set_forkserver_preload(["torch", "h5py", "gymnasium", "mujoco"])
 
 
 def make_driver(name, rng):
@@ -927,9 +927,9 @@ class Agent(nn.Module):
     def imagine(self, model, state):
         """The policy with look-ahead: state (B, S) -> (B, A).
 
-        Each of the filter's candidates begins two plans or three: held throughout; held for a drawn number of decisions,
-        after which the actor drives; and, every second one, followed by another drawn action. The best model drives all
-        plans. Ruled out is what Q_f calls infeasible at its beginning or V_f on its way; of the others the best by
+        Each of the filter's candidates begins two plans or three: held throughout; held for a drawn number of
+        decisions, after which the actor drives; and, every second one, followed by another drawn action. The best model
+        drives all. Ruled out is what Q_f calls infeasible at its beginning or V_f on its way; of the others the best by
 
             gamma^t Q_r(end) / |Q_r| - PLAN_CLONE sum over its decisions of gamma^t (a - clone(s))^2
 
@@ -1171,14 +1171,12 @@ def drive(agent, name, seeds, act=None, bar=None):
     # DEVIATION: with look-ahead an action is a decision, kept for as long as decisions last in training unless Q_f
     # revises it. Deciding anew at each step, an agent changes its mind: PointGoal1 fell from 21.1 to 15.5 (cost 0).
     every = agent.task.repeat if act is None and agent.plans else 1
-    alive, actions, t = list(range(len(envs))), [None] * len(envs), 0
+    alive = list(range(len(envs)))
     while alive:
-        held, going = [np.stack([actions[i] for i in alive])] if t % every else [], []
-        t += 1
+        held, going = [np.stack([rows[i].actions[-1] for i in alive])] if rows[alive[0]].length % every else [], []
         if bar:
             bar.update()
         for i, action in zip(alive, (act or agent.act)(obs[alive], *held)):
-            actions[i] = action
             rows[i].obs.append(obs[i].astype(np.float32))
             rows[i].actions.append(action)
             obs[i], reward, cost, terminated, truncated, _ = envs[i].step(action)
@@ -1188,6 +1186,8 @@ def drive(agent, name, seeds, act=None, bar=None):
             if not (terminated or truncated):
                 going.append(i)
         alive = going
+    for row in rows:                            # thousands of small arrays would take long to send
+        row.__dict__.update({key: np.array(getattr(row, key)) for key in ("obs", "costs", "actions", "path")})
     return rows
 
 
@@ -1491,15 +1491,15 @@ def train(cfg, task, data, cost, folder, resume):
             margin = cfg.margin if cfg.margin >= 0 else model_margin(model, cost, data)
             seconds["dynamics"] = time.time() - start
         print_dynamics(report, margin)
-    random = torch.get_rng_state()
+    rng = torch.get_rng_state()
     learner = Learner(cfg, task, data, cost, model, margin)
     if saved:
         learner.restore(saved["learner"])
 
     def checkpoint():
         with whole(path) as part:
-            torch.save(dict(format=FORMAT, config=dataclasses.asdict(cfg), model=model and model.state_dict(),
-                            report=report, margin=margin, seconds=seconds, random=random, learner=learner.state()), part)
+            torch.save(dict(config=dataclasses.asdict(cfg), model=model and model.state_dict(), report=report,
+                            margin=margin, seconds=seconds, random=rng, learner=learner.state(), format=FORMAT), part)
 
     if not saved:
         checkpoint()

@@ -1916,7 +1916,7 @@ def test_episodes_in_lockstep_are_episodes_alone():
 def test_the_warning_table_on_a_case_counted_by_hand():
     """One violation, at step 10 of 30: eleven steps are outside, of which the last k come within k steps of it."""
     x = np.linspace(0, 0.9, 11).tolist() + [1.2] * 19
-    row = SimpleNamespace(obs=[np.float32([v, 0]) for v in x], costs=[0] * 10 + [1] * 20, actions=[np.zeros(1)] * 30)
+    row = SimpleNamespace(obs=np.float32([[v, 0] for v in x]), costs=np.repeat([0, 1], [10, 20]), actions=np.zeros((30, 1)))
     agent = SimpleNamespace(feasibility=lambda obs: obs[:, 0], _state=torch.as_tensor, features=lambda state: state,
                             danger=lambda state, actions: torch.zeros(*actions.shape[:-1], 2))
     for (k, value, gap, taken, share) in results.warning_table(agent, load_cost("DoubleIntegrator"), [row], (1, 5)):

@@ -56,10 +56,9 @@ def keep_paths(folder, name, rows, agent):
     """What report.png draws of the first evaluation episodes, into folder/paths.npz."""
     kept, cost = {}, proco.load_cost(name)
     for n, row in enumerate(rows[:8]):
-        obs = np.stack(row.obs)
-        seen, actions = torch.as_tensor(obs), torch.as_tensor(np.stack(row.actions))
+        seen, actions = torch.as_tensor(row.obs), torch.as_tensor(row.actions)
         kept |= {f"path{n}": row.path, f"costs{n}": row.costs, f"dangers{n}": row.dangers,
-                 f"value{n}": agent.feasibility(obs), f"gap{n}": proco.danger_distance(cost, seen, actions, seen).numpy()}
+                 f"value{n}": agent.feasibility(row.obs), f"gap{n}": proco.danger_distance(cost, seen, actions, seen).numpy()}
     with proco.whole(folder / "paths.npz") as part, open(part, "wb") as file:
         np.savez_compressed(file, count=len(rows[:8]), **{key: np.asarray(value, np.float32) for key, value in kept.items()})
 
@@ -210,7 +209,7 @@ def warning_table(agent, cost, rows, steps=(1, 5, 10, 20)):
     Q_f what this action makes of it. Steps inside a violation are left out: they need no warning."""
     scores, times = [], []
     for row in rows:
-        obs, actions, costs = np.stack(row.obs), torch.as_tensor(np.stack(row.actions)), np.array(row.costs) > 0
+        obs, actions, costs = row.obs, torch.as_tensor(row.actions), row.costs > 0
         seen = torch.as_tensor(obs)
         taken = agent.danger(agent.features(agent._state(obs)), actions[None])[0, :, 0]
         scores.append([agent.feasibility(obs), -proco.danger_distance(cost, seen, actions, seen).numpy(), taken.numpy()])

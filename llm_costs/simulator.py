@@ -74,8 +74,9 @@ def import_simulator():
         return np.sqrt((x - u) * (x - u) + (y - v) * (y - v))
 
     @functools.lru_cache(1024)
-    def mocaps(model, count):
-        return model.body_mocapid[ids(model, "body", "gremlin{}mocap", count)]
+    def mocaps(model, count):                   # they follow one another
+        at = model.body_mocapid[ids(model, "body", "gremlin{}mocap", count)].tolist()
+        return slice(at[0], at[-1] + 1) if at == list(range(at[0], at[0] + count)) else at
 
     def move(gremlins):                         # all alike, each about a place of its own
         data = gremlins.engine.data
