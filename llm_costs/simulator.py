@@ -83,6 +83,8 @@ def import_simulator():
         x, y = np.sin(data.time) * gremlins.travel, np.cos(data.time) * gremlins.travel
         data.mocap_pos[mocaps(gremlins.engine.model, gremlins.num)] = x, y, gremlins.size
 
+    no_sensors = int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
+
     def observed(stock):                        # all lidars at once, and no gymnasium to flatten them
         @functools.wraps(stock)
         def obs(task):
@@ -90,7 +92,11 @@ def import_simulator():
             if task.observe_vision or not task.observation_flatten or not (conf.alias and conf.max_dist) or \
                     conf.type != "pseudo" or any(getattr(thing, "is_comp_observed", False) for thing in seen):
                 return stock(task)
+            # sensors change nothing, so they are off in a step's other 12 calls; to call less often would change bits,
+            # as each call's solver begins where the last one ended
+            task.model.opt.disableflags &= ~no_sensors
             mujoco.mj_forward(task.model, task.data)
+            task.model.opt.disableflags |= no_sensors
             places = [np.array(thing.pos, ndmin=2) for thing in seen]
             lidars = [n for n, part in enumerate(places) for _ in part]
             apart = np.zeros((len(lidars), 1, 3))
@@ -116,13 +122,17 @@ def import_simulator():
             agent.parts = [2 if name == "floor" else int(name in agent.body_info.geom_names) for name in parts]
         return any(agent.parts[a] + agent.parts[b] == 1 for a, b in zip(contact.geom1.tolist(), contact.geom2.tolist()))
 
+    nothing = SimpleNamespace(model=None, data=SimpleNamespace(contact=(), ncon=0))
+
     def where_touched(stock):
         @functools.wraps(stock)
         def cal_cost(thing):
-            if not touches(thing.engine, thing.agent):
-                thing = copy.copy(thing)
-                thing.engine = SimpleNamespace(model=None, data=SimpleNamespace(contact=(), ncon=0))
-            return stock(thing)
+            engine = thing.engine
+            thing.engine = engine if touches(engine, thing.agent) else nothing
+            try:
+                return stock(thing)
+            finally:
+                thing.engine = engine
         return cal_cost
 
     def sample_layout(generator):               # the same draws; the stock one asks numpy for each of 60,000 numbers
