@@ -648,18 +648,15 @@ def train_dynamics(data, task, cfg, generator):
     model.closest = torch.where(jumped.float().mean(0) > 1e-4, nearest(state, task).amin(0), 0)
     train, test = ((data["held_out"] == kind).nonzero()[:, 0] for kind in (False, True))
     test = test[torch.randperm(len(test), generator=generator, device=device)[:8192]]
-    optimiser = torch.optim.Adam(model.parameters(), 2e-2, fused=True)
+    optimiser = adam(model, rate=2e-2)
     best, kept, stale = torch.full((cfg.ensemble,), math.inf, device=device), None, 0
     fields, epochs = (state, action, next_state, delta, trusted), max(1, round(cfg.model_epochs * cfg.scale))
     for epoch in (bar := progress(range(epochs), "2 dynamics")):
         order = torch.stack([torch.randperm(len(train), generator=generator, device=device)
                              for _ in range(cfg.ensemble)])                                       # (E, B)
-        optimiser.param_groups[0]["lr"] = 2e-2 * (1 - epoch / epochs)    # so high that 20 epochs do what 40 did at 3e-3
+        optimiser.rate = 2e-2 * (1 - epoch / epochs)                     # so high that 20 epochs do what 40 did at 3e-3
         for rows in train[order].split(512, 1):
-            loss = dynamics_loss(model, *(field[rows] for field in fields))[0].sum()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            descend(optimiser, dynamics_loss(model, *(field[rows] for field in fields))[0].sum())
         with torch.no_grad():
             _, score = dynamics_loss(model, *(field[test].expand(cfg.ensemble, *field[test].shape) for field in fields))
         better = score < best * 0.995
@@ -1222,7 +1219,7 @@ def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
 # ==== 8. A run: train, evaluate, keep ================================================================================
 
 WARNINGS = []                                   # what results.json must tell besides the numbers
-FORMAT = 2                                      # of checkpoint.pt, to be raised when older ones can't be read
+FORMAT = 3                                      # of checkpoint.pt, to be raised when older ones can't be read
 
 
 def warn(text):
@@ -1253,16 +1250,20 @@ def whole(path):
 
 
 def adam(*nets, rate=3e-4):
-    """One Adam for the parameters of several networks."""
-    return torch.optim.Adam([p for net in nets for p in net.parameters()], rate, fused=True)
+    """Adam (Kingma and Ba 2015) for the parameters of several networks: what it keeps between two steps."""
+    params = [param for net in nets for param in net.parameters()]
+    mean, square = ([torch.zeros_like(p, requires_grad=False) for p in params] for _ in range(2))
+    return SimpleNamespace(params=params, rate=rate, step=params[0].new_zeros(()), mean=mean, square=square)
 
 
-def descend(optimiser, loss):
-    """One gradient step; gradients of other networks that the loss passes through are not computed."""
-    params = optimiser.param_groups[0]["params"]
-    for param, grad in zip(params, torch.autograd.grad(loss, params)):
-        param.grad = grad
-    optimiser.step()
+@torch.no_grad()
+def descend(adam, loss):
+    """One step down the loss; gradients of other networks that it passes through are not computed. torch.optim.Adam
+    calls the same kernel, and on a CPU spends most of its time on what it does around that."""
+    adam.step += 1
+    torch._fused_adam_(adam.params, list(torch.autograd.grad(loss, adam.params)), adam.mean, adam.square, [],
+                       [adam.step] * len(adam.params), lr=adam.rate, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8,
+                       amsgrad=False, maximize=False)
 
 
 def decisions(data, task, gamma, margin=None):
@@ -1291,13 +1292,13 @@ class Learner:
         self.agent = agent = Agent(task, cfg, data)
         self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
                                safety=adam(agent.q_s, agent.v_s, rate=1e-3))
-        self.rates = {name: o.param_groups[0]["lr"] for name, o in self.optimisers.items()}
+        self.rates = {name: optimiser.rate for name, optimiser in self.optimisers.items()}
         self.slow, self.fast = ([p.data for p in net.parameters()] for net in (agent.q_r_slow, agent.q_r))
         self.step, self.cf, self.snapshots, self.metrics, self.graphs = 0, None, [], [], None
         if cfg.device == "cuda-graphs":         # what a graph reads must stay where it is: the learning rates, too
             self.graphs = {}
             for name, rate in self.rates.items():
-                self.optimisers[name].param_groups[0].update(capturable=True, lr=agent.mean.new_tensor(rate))
+                self.optimisers[name].rate = agent.mean.new_tensor(rate)
         count = lambda updates: max(1, round(updates * cfg.scale))
         self.clone_updates = count(cfg.clone_updates)
         self.alone = count(cfg.feasibility_updates) if cfg.counterfactual else 0
@@ -1369,8 +1370,8 @@ class Learner:
         if cfg.counterfactual and cfg.horizon and step % math.ceil(self.updates / ROUNDS) == 0:
             self.roll_out()
         for name, optimiser in self.optimisers.items():                 # constant, then falling to nothing
-            group, rate = optimiser.param_groups[0], self.rates[name] * min(1, 2 * (1 - step / self.updates))
-            group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+            rate = self.rates[name] * min(1, 2 * (1 - step / self.updates))
+            optimiser.rate = rate if self.graphs is None else optimiser.rate.fill_(rate)
         policy = step % 2 == 0 and step >= self.alone
         return self.learn(policy) if self.graphs is None else self.replay(policy)
 
@@ -1437,7 +1438,8 @@ class Learner:
 
     def state(self):
         return dict(step=self.step, agent=self.agent.state_dict(), generator=self.generator.get_state(),
-                    optimisers={name: o.state_dict() for name, o in self.optimisers.items()},
+                    optimisers={name: dict(step=o.step, mean=o.mean, square=o.square)
+                                for name, o in self.optimisers.items()},
                     snapshots=self.snapshots, metrics=self.metrics)
 
     def restore(self, saved):
@@ -1452,7 +1454,7 @@ class Learner:
         self.agent.load_state_dict(saved["agent"])
         self.generator.set_state(saved["generator"].cpu())                      # a GPU's, too, is read from there
         for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(saved["optimisers"][name])
+            optimiser.__dict__.update(saved["optimisers"][name])
 
 
 @contextlib.contextmanager
