@@ -553,7 +553,7 @@ class Dynamics(nn.Module):
             whole = whole + maps[:, :1] * whole[0] + maps[:, 1:2] * whole[1]
             whole[:, 2] += maps[:, 2]
         x, y = state[:, size:].unflatten(-1, (len(self.of), 2)).permute(2, 1, 0).contiguous()     # (N, B): long rows
-        (a, b, c), (d, e, f) = whole[:, :, self.of]
+        (a, b, c), (d, e, f) = whole.index_select(2, self.of)
         unseen = x * x + y * y > (0.999 * self.reach[:, None]) ** 2
         xy = torch.stack([torch.where(unseen, x, a * x + b * y + c), torch.where(unseen, y, d * x + e * y + f)])
         return nearest_first(torch.cat([sensors, xy.permute(2, 1, 0).flatten(-2)], -1), self.task)
