@@ -1060,7 +1060,7 @@ def with_counterfactuals(d, cf):
     if cf is None:
         return rows
     cf = dict(cf, trust=torch.full_like(cf["action"][:, 0], 0.5))
-    return {key: torch.cat([rows[key], cf[key]]) for key in rows}
+    return {key: torch.cat([rows[key], cf[key]]) for key in cf}
 
 
 def reward_critic_loss(agent, x, action, reward, next_x, done, gamma, generator, limit=None):
@@ -1253,17 +1253,17 @@ def adam(*nets, rate=3e-4):
     """Adam (Kingma and Ba 2015) for the parameters of several networks: what it keeps between two steps."""
     params = [param for net in nets for param in net.parameters()]
     mean, square = ([torch.zeros_like(p, requires_grad=False) for p in params] for _ in range(2))
-    return SimpleNamespace(params=params, rate=rate, step=params[0].new_zeros(()), mean=mean, square=square)
+    return SimpleNamespace(params=params, peak=rate, rate=rate, step=params[0].new_zeros(()), mean=mean, square=square)
 
 
 @torch.no_grad()
-def descend(adam, loss):
-    """One step down the loss; gradients of other networks that it passes through are not computed. torch.optim.Adam
-    calls the same kernel, and on a CPU spends most of its time on what it does around that."""
-    adam.step += 1
-    torch._fused_adam_(adam.params, list(torch.autograd.grad(loss, adam.params)), adam.mean, adam.square, [],
-                       [adam.step] * len(adam.params), lr=adam.rate, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8,
-                       amsgrad=False, maximize=False)
+def descend(optimiser, loss):
+    """One step of Adam; gradients of other networks that the loss passes through are not computed. torch.optim.Adam
+    calls the same kernel; on a CPU what it does around that takes as long again."""
+    o, gradients = optimiser, torch.autograd.grad(loss, optimiser.params)
+    o.step += 1
+    torch._fused_adam_(o.params, gradients, o.mean, o.square, [], [o.step] * len(o.params), lr=o.rate, beta1=0.9,
+                       beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
 
 
 def decisions(data, task, gamma, margin=None):
@@ -1292,13 +1292,12 @@ class Learner:
         self.agent = agent = Agent(task, cfg, data)
         self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
                                safety=adam(agent.q_s, agent.v_s, rate=1e-3))
-        self.rates = {name: optimiser.rate for name, optimiser in self.optimisers.items()}
         self.slow, self.fast = ([p.data for p in net.parameters()] for net in (agent.q_r_slow, agent.q_r))
         self.step, self.cf, self.snapshots, self.metrics, self.graphs = 0, None, [], [], None
         if cfg.device == "cuda-graphs":         # what a graph reads must stay where it is: the learning rates, too
             self.graphs = {}
-            for name, rate in self.rates.items():
-                self.optimisers[name].rate = agent.mean.new_tensor(rate)
+            for optimiser in self.optimisers.values():
+                optimiser.rate = agent.mean.new_tensor(optimiser.peak)
         count = lambda updates: max(1, round(updates * cfg.scale))
         self.clone_updates = count(cfg.clone_updates)
         self.alone = count(cfg.feasibility_updates) if cfg.counterfactual else 0
@@ -1369,8 +1368,8 @@ class Learner:
         cfg, step = self.cfg, self.step - self.clone_updates
         if cfg.counterfactual and cfg.horizon and step % math.ceil(self.updates / ROUNDS) == 0:
             self.roll_out()
-        for name, optimiser in self.optimisers.items():                 # constant, then falling to nothing
-            rate = self.rates[name] * min(1, 2 * (1 - step / self.updates))
+        for optimiser in self.optimisers.values():                      # constant, then falling to nothing
+            rate = optimiser.peak * min(1, 2 * (1 - step / self.updates))
             optimiser.rate = rate if self.graphs is None else optimiser.rate.fill_(rate)
         policy = step % 2 == 0 and step >= self.alone
         return self.learn(policy) if self.graphs is None else self.replay(policy)
@@ -1408,7 +1407,7 @@ class Learner:
         cf = self.sample_cf(cfg.batch) if self.cf else None
         chosen = self.draw(cfg.batch, len(self.data["state"]))
         d = {key: self.data[key].index_select(0, chosen) for key in ("x", "action", "reward", "next_x", "done", "cost")}
-        rows = with_counterfactuals({key: d[key] for key in ("x", "action", "next_x", "cost")}, cf)
+        rows = with_counterfactuals(d, cf)
         if cfg.algorithm != "td3bc":
             mostly = slice(cfg.batch // 2 if cf else 0, None)           # half as many rows of D as of D_cf
             loss = feasibility_loss(agent, *(rows[key][mostly] for key in ("x", "action", "next_x", "cost")),
@@ -1438,8 +1437,7 @@ class Learner:
 
     def state(self):
         return dict(step=self.step, agent=self.agent.state_dict(), generator=self.generator.get_state(),
-                    optimisers={name: dict(step=o.step, mean=o.mean, square=o.square)
-                                for name, o in self.optimisers.items()},
+                    optimisers={name: (o.step, o.mean, o.square) for name, o in self.optimisers.items()},
                     snapshots=self.snapshots, metrics=self.metrics)
 
     def restore(self, saved):
@@ -1454,7 +1452,7 @@ class Learner:
         self.agent.load_state_dict(saved["agent"])
         self.generator.set_state(saved["generator"].cpu())                      # a GPU's, too, is read from there
         for name, optimiser in self.optimisers.items():
-            optimiser.__dict__.update(saved["optimisers"][name])
+            optimiser.step, optimiser.mean, optimiser.square = saved["optimisers"][name]
 
 
 @contextlib.contextmanager

@@ -1265,6 +1265,24 @@ def test_some_roll_outs_seek_what_the_feasibility_value_fears(newborn):
 # =====================================================================================================================
 
 
+def test_a_step_down_is_torchs_adam_and_leaves_other_networks_alone():
+    """The same numbers as torch.optim.Adam's fused form, to the bit, with a rate that changes on the way."""
+    torch.manual_seed(0)
+    mine, other = proco.Mlp([3, 16, 2], 2), proco.Mlp([2, 4, 1])
+    theirs, kept = copy.deepcopy(mine), copy.deepcopy(other.state_dict())
+    optimiser, reference = proco.adam(mine, rate=1e-2), torch.optim.Adam(theirs.parameters(), 1e-2, fused=True)
+    for step in range(20):
+        x, rate = torch.randn(32, 3), 1e-2 / (1 + step)
+        optimiser.rate = reference.param_groups[0]["lr"] = rate
+        proco.descend(optimiser, other(mine(x)[0])[0].square().mean() + mine(x)[1].square().mean())
+        reference.zero_grad()
+        (other(theirs(x)[0])[0].square().mean() + theirs(x)[1].square().mean()).backward()
+        reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters()))
+    assert all(torch.equal(value, kept[name]) for name, value in other.state_dict().items())
+    assert all(param.grad is None for param in mine.parameters()) and float(optimiser.step) == 20
+
+
 def test_the_feasibility_values_settle_at_their_closed_form():
     """A chain 4 -> 3 -> 2 -> 1 -> 0 into a trap, a safe place, a place where the sign of the action decides between
     them, and one that grazes danger once and is safe thereafter. V_f = gamma_f^k, k steps before the trap; Q_c sums.
@@ -1639,7 +1657,7 @@ def test_updates_recorded_as_a_graph_are_the_eager_ones(method, works, monkeypat
         learner.agent.load_state_dict(before[0])
         learner.generator.set_state(before[1])
         for name, optimiser in learner.optimisers.items():
-            optimiser.__dict__.update(before[2][name])
+            optimiser.step, optimiser.mean, optimiser.square = before[2][name]
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in dict(CUDAGraph=Graph, graph=record, Stream=lambda: stream, current_stream=lambda: stream,
                             stream=lambda stream: contextlib.nullcontext()).items():
