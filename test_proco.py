@@ -2209,7 +2209,8 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(trained, tmp_path, monk
 
 @pytest.mark.parametrize("method", ["bc", "proco"])
 def test_an_absurd_learning_rate_ends_in_one_sentence(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(proco, "adam", lambda *nets, rate=0: torch.optim.SGD([p for net in nets for p in net.parameters()], 1e30))
+    adam = proco.adam
+    monkeypatch.setattr(proco, "adam", lambda *nets, rate=0: adam(*nets, rate=1e30))
     with pytest.raises(ProcoError, match="no longer finite at update .*lower the learning rates"):
         proco.run(small(out=str(tmp_path), method=method))
     kept = weights(tmp_path / "DoubleIntegrator" / method / "seed0")
