@@ -1,1699 +1,2294 @@
+# /// script
+# requires-python = ">=3.10,<3.12"  # where mujoco 2.3 can be had, the simulator of DSRL's data
+# dependencies = [
+#     "torch==2.13.0", "numpy<2.3", "safety-gymnasium==0.4.0", "dsrl==0.1.0", "requests>=2.28",
+#     "gymnasium==0.28.1", "mujoco==2.3.3", "xmltodict>=0.13", "pyyaml>=6.0", "imageio>=2.27",
+#     "h5py>=3.8", "tqdm>=4.60", "matplotlib>=3.6",
+# ]
+# [tool.uv]
+# override-dependencies = [  # the second line: pins that can't be installed and nothing imports
+#     "gymnasium==0.28.1", "mujoco==2.3.3",
+#     "pygame; python_version < '0'", "gym; python_version < '0'", "pybullet; python_version < '0'",
+#     "bullet-safety-gym; python_version < '0'", "gymnasium-robotics; python_version < '0'",
+# ]
+# ///
 """PROCO: a safe policy from recorded data that hold no violations, in one file.
 
-The method is that of Xue et al., "Model-Based Proactive Cost Generation for Learning Safe Policies Offline with
-Limited Violation Data" (arXiv 2605.01356). Data in which nobody ever crashed look safe everywhere, so a learner
-copies the drivers and crashes a little off their tracks. PROCO makes up the crashes that did not happen:
+After Yang, Cheng, Yuan, Xue and Yu 2026, "Model-Based Proactive Cost Generation for Learning Safe
+Policies Offline with Limited Violation Data" (arXiv 2605.01356). Data in which nobody ever crashed
+look safe everywhere, so a learner copies the drivers and crashes a little off their tracks. PROCO
+makes up the crashes that did not happen, and learns from them where safety can still be kept:
 
-    1 data             D = {(s, a, r, s')}: whole episodes without a violation (recorded, or driven on the spot)
-         |
-    2 dynamics         an ensemble of probabilistic models p_i(s' | s, a), learnt from D
-         |
-    3 cost             "stay out of the blue circles" -> a language model's Python predicate -> conservative cost c^
-         |
-    4 roll-outs        the model driven into what did not happen: unsafe, doomed and safe samples D_cf
-         |
-    5 feasibility      Q_f(s, a), V_f(s) from D and D_cf: gamma_f^k where a violation k steps ahead can't be avoided
-         |
-    6 policy           Lagrangian TD3+BC: reward where safety can be kept, the way back to safety where it can't
-                       (it proposes; acting looks a second ahead in the model and does what stays feasible)
-         |
-    7 evaluation       return and cost in the real simulator
+    1 data          D: whole episodes without a violation, recorded or demonstrated on the spot
+    2 dynamics      a probabilistic ensemble p_i(s' | s, a), learnt from D
+    3 cost          "stay out of the blue circles" -> a language model's Python predicate -> c^
+    4 roll-outs     the model driven into what did not happen: D_cf, unsafe and infeasible samples
+    5 feasibility   Q_f, V_f from D and D_cf: gamma_f^k, a violation k steps ahead is unavoidable
+    6 policy        Lagrangian TD3+BC: reward where safety can be kept, else the way back to it
+    7 acting        actor, filter (Q_f chooses) or plan (the model looks two seconds ahead)
+    9 evaluation    return and cost in the real simulator (8 is the training loop, 10 a whole run)
 
-    python proco.py --task CarButton1              # everything from data to scores; results under runs/
-    python proco.py --task DoubleIntegrator        # half a minute, no simulator needed, closed form known
-    python proco.py --task PointGoal1 --method bc  # what plain cloning does on the same data
-    python proco.py --compare bc,td3bc-lag,proco --seeds 5 --tasks PointGoal1,CarGoal1
-    python proco.py --diagnose runs/PointGoal1/proco/seed0
+    python proco.py --task CarButton1               # from nothing to scores; results in runs/
+    python proco.py --task DoubleIntegrator         # half a minute, no simulator, closed form known
+    python proco.py --task PointGoal1 --method bc   # plain cloning of the same data
+    python proco.py --evaluate runs/CarButton1/proco/seed0 --acting filter
 
-Legend for shapes: E members, B batch, T time, H horizon, S state, F features of a state (x), A action, O observation,
-M candidates, N objects.
-ASSUMED marks what the paper leaves open, DEVIATION where we leave it, FORK where a fork would cut in.
+Shapes: E members, B batch, H horizon, S state, A action, O observation, N things around the agent,
+K kinds of them, W own fields, M candidates, F features. ASSUMED: the abstract is silent.
+DEVIATION: we differ. FORK: a seam to cut at.
 """
-import argparse, contextlib, copy, dataclasses, difflib, functools, importlib.metadata, json, math
-import multiprocessing, multiprocessing.forkserver, os, signal, sys, time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+
+import argparse
+import builtins
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import namedtuple
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import requests
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-sys.modules.setdefault("proco", sys.modules[__name__])              # so that these find it when it is run as a script
-from llm_costs import driver, language
-from llm_costs.fetch import fetch_dsrl, recorded_steps
-from llm_costs.language import CostError, ProcoError
-from llm_costs.oracle import oracle_cost
-from llm_costs.results import (compare, diagnose, dynamics_report, forecast, keep_paths, print_dynamics, report,
-                               summary, versions, write_table)
-from llm_costs.simulator import dangers, import_simulator, place
-
 HERE = Path(__file__).resolve().parent
 METHODS = ("bc", "td3bc", "td3bc-lag", "fisor", "cpq", "proco", "proco-fisor", "proco-cpq")
-ROUNDS = 6                                      # of counterfactual roll-outs, spread over the policy's training
-DRIVER = "v1"                                   # of the scripted driver, in the names of the files it made
 
 
-def knob(default, text):
-    """A field of Config with the text that --help shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
+class ProcoError(Exception):
+    """Something a user can put right; the message is one sentence that says how."""
 
 
-@dataclass
+class CostError(ProcoError):
+    """A cost predicate that cannot be used; the message says why."""
+
+
+# ==== Settings ====================================================================================
+
+
+def setting(default, group, text, low=None, high=None):
+    """A field of Config: a default, which a task may replace; for --help; and the allowed range."""
+    about = {"default": default, "group": group, "help": text, "low": low, "high": high}
+    return dataclasses.field(default=None, metadata=about)
+
+
+@dataclasses.dataclass
 class Config:
-    """Every setting of a run; the command line is made from it. Lengths are multiplied by --scale."""
+    """Every setting of a run. The command line is made from it; None is the task's default."""
 
-    task: str = knob("CarButton1", "which task, such as PointGoal1, CarCircle2 or DoubleIntegrator")
-    method: str = knob("proco", "bc, td3bc; td3bc-lag, fisor, cpq; or one of these three with PROCO under it: proco (= "
-                                "td3bc-lag with PROCO), proco-fisor, proco-cpq")
-    seed: int = knob(0, "seed of everything that is drawn while training")
-    data: str = knob("auto", "auto, dsrl, driver, or the path of an HDF5 file in DSRL's format")
-    out: str = knob("runs", "folder that gets <task>/<method>/seed<k>/")
-    device: str = knob("auto", "cpu, cuda, cuda-graphs (updates are recorded once and replayed), or auto: cuda where "
-                               "there is one")
-    scale: float = knob(1.0, "multiplies every training length; 0.02 is a smoke test")
-    eval_episodes: int = knob(20, "episodes driven in the simulator at the end")
-    max_episode_cost: float = knob(0.0, "keep recorded episodes with at most this many violations")
-    driver_episodes: int = knob(50, "episodes that the scripted driver drives, before the unsafe ones are dropped")
-    raw_obs: bool = knob(False, "ablation: learn on raw lidar bins instead of decoded positions")
-    # 2 dynamics
-    ensemble: int = knob(7, "members of the dynamics ensemble; the better two thirds become elites")
-    model_epochs: int = knob(20, "most epochs of the dynamics model; it stops earlier when the hold-out is flat")
-    # 3 cost
-    cost: str = knob("llm", "whose cost labels model states: llm (the language model's predicate) or oracle (the "
-                            "simulator's own rule, for Goal1, Push1, Circle and velocity)")
-    margin: float = knob(-1.0, "widens the danger, in its own unit (m, m/s); negative: twice the model's own error")
-    # 4 counterfactual roll-outs
-    horizon: int = knob(36, "steps of a counterfactual roll-out, 6 a decision for a Point, 3 for a Car; 0: none")
-    rollouts: int = knob(40_000, "counterfactual roll-outs in the whole run")
-    # 5 feasibility
-    gamma_f: float = knob(0.97, "discount of the feasibility value: gamma_f^k, k steps before what can't be avoided")
-    eps: float = knob(0.5, "a state is feasible where V_f <= eps")
-    # 6 policy
-    clone_updates: int = knob(5_000, "updates of the cloned policy: bc, and where the others begin")
-    feasibility_updates: int = knob(8_000, "updates of the feasibility value before the policy's begin")
-    updates: int = knob(6_000, "updates of critics and policy")
-    batch: int = knob(256, "transitions of D in one update, and as many of D_cf")
-    hidden: int = knob(128, "width of the two hidden layers of every network")
-    gamma: float = knob(0.99, "discount of the reward")
-    bc_weight: float = knob(1.0, "weight of the cloning term against the normalised reward value (TD3+BC's 1/alpha)")
-    candidates: int = knob(32, "actions that acting chooses from; 0: the bare actor")
-    look_ahead: int = knob(8, "decisions that acting looks ahead in the model; 0: Q_f alone chooses, as while training")
+    task: str = setting("CarButton1", "run", "such as PointGoal1, CarCircle2 or DoubleIntegrator")
+    method: str = setting("proco", "run", "one of " + ", ".join(METHODS))
+    seed: int = setting(0, "run", "of everything that is drawn in training", 0, 2**31)
+    data: str = setting("auto", "run", "auto, dsrl, demonstrator, or an HDF5 file as DSRL's are")
+    out: str = setting("runs", "run", "folder that gets <task>/<method>/seed<k>/")
+    device: str = setting("auto", "run", "cpu, cuda, or auto: cuda where there is one")
+    scale: float = setting(1.0, "run", "multiplies training lengths; 0.02: smoke test", 1e-6, 1e6)
+    max_episode_cost: float = setting(0.0, "1 data", "most violations of a kept episode", 0, 1e9)
+    driver_episodes: int = setting(50, "1 data", "episodes of the demonstrator", 2, 1e6)
+    ensemble: int = setting(7, "2 dynamics", "members; two thirds become elites", 1, 100)
+    model_epochs: int = setting(20, "2 dynamics", "most epochs of the model", 1, 1e6)
+    cost: str = setting("", "3 cost", "file of a predicate (default: llm_costs/<task>.py)")
+    margin: float = setting(-1.0, "3 cost", "widens danger, m or m/s; -1: by model error", -1, 0.99)
+    horizon: int = setting(36, "4 roll-outs", "steps of a roll-out; 0: no roll-outs", 0, 1e4)
+    rollouts: int = setting(40_000, "4 roll-outs", "in the whole run", 1, 1e9)
+    gamma_f: float = setting(0.97, "5 feasibility", "discount of violations, a step", 0.01, 0.9999)
+    eps: float = setting(0.5, "5 feasibility", "feasible is where V_f <= eps", 0.001, 0.999)
+    clone_updates: int = setting(5_000, "6 policy", "of the clone, where all begin", 1, 1e9)
+    feasibility_updates: int = setting(8_000, "6 policy", "of safety critics alone", 1, 1e9)
+    updates: int = setting(6_000, "6 policy", "of all; each second one of the actor", 1, 1e9)
+    batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
+    hidden: int = setting(128, "6 policy", "width of each network's two hidden layers", 2, 1e5)
+    gamma: float = setting(0.99, "6 policy", "discount of the reward, a step", 0.01, 1)
+    bc_weight: float = setting(1.0, "6 policy", "of cloning (TD3+BC's 1 / alpha)", 0, 1e6)
+    plan_clone: float = setting(0.05, "7 acting", "price of leaving the clone in a plan", 0, 1e6)
+    acting: str = setting("auto", "7 acting", "actor, filter, plan, or auto: the last there is")
+    eval_episodes: int = setting(20, "9 evaluation", "episodes driven in the end", 1, 1e6)
+    eval_seed: int = setting(40_000, "9 evaluation", "of the first; others count up", 0, 2**31)
+
+    def __post_init__(self):
+        """Fills in what was not given. Raises ProcoError, which names a bad option."""
+        own = get_task(self.task or "CarButton1").settings
+        for field in dataclasses.fields(self):
+            about = field.metadata
+            if getattr(self, field.name) is None:
+                setattr(self, field.name, own.get(field.name, about["default"]))
+            value = getattr(self, field.name)
+            if about["low"] is not None and not about["low"] <= value <= about["high"]:
+                words = "--{} {} is out of its range, {low:g} to {high:g}"
+                raise ProcoError(words.format(field.name.replace("_", "-"), value, **about))
+        if self.method not in METHODS:
+            raise ProcoError(f"there is no method {self.method!r}; there are {', '.join(METHODS)}")
 
     @property
     def algorithm(self):
-        """The algorithm on which --method puts PROCO, or which it runs alone."""
+        """The algorithm that --method runs alone, or on which it puts PROCO."""
         return "td3bc-lag" if self.method == "proco" else self.method.removeprefix("proco-")
 
     @property
     def counterfactual(self):
-        """Whether PROCO is under the algorithm: a dynamics model, the conservative cost and D_cf."""
+        """Whether PROCO is under the algorithm: a model, the conservative cost and D_cf."""
         return self.method.startswith("proco")
 
 
-# A line and a wall need less than a car among obstacles.
-PRESETS = {"DoubleIntegrator": dict(driver_episodes=100, hidden=64, margin=0.005, horizon=21, rollouts=20_000,
-                                    gamma_f=0.98, eps=0.4, clone_updates=500, feasibility_updates=3_000,
-                                    updates=1_000, look_ahead=0, eval_episodes=50)}
-
-
-# ==== Tasks, and the state they are seen through =====================================================================
-
-BINS = 16                                       # of every lidar of Safety-Gymnasium
-LIDARS = dict(Circle=("circle",), Goal=("goal", "hazards", "vases"),         # in the order of the observation
-              Button=("buttons", "goal", "hazards", "gremlins"), Push=("goal", "hazards", "pillars", "push_box"))
-NEAREST = dict(circle=1, goal=1, buttons=4, hazards=5, gremlins=4, vases=3, pillars=4, push_box=1)
-VELOCITY = dict(AntVelocity=(27, 8), HalfCheetahVelocity=(17, 6), HopperVelocity=(11, 3),
-                SwimmerVelocity=(8, 2), Walker2dVelocity=(17, 6))               # observation and action size
-
-
-@dataclass(frozen=True)
-class Lidar:
-    """One lidar: where its bins start in the observation and its objects' positions in the state."""
-
-    name: str
-    start: int
-    reach: float                                # m; the bin of an object at distance d holds 1 - d / reach
-    count: int                                  # how many of the nearest objects the state keeps
-    at: int                                     # the state holds count pairs (x, y) from here on
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the program knows about a task: sizes, clock, and which part of an observation is sensors or lidars."""
-
-    name: str
-    obs_dim: int
-    act_dim: int
-    steps: int                                  # of an episode
-    dt: float                                   # s, of a step
-    sensors: tuple                              # indices of the observation that the state keeps as they are
-    lidars: tuple = ()
-    repeat: int = 1                             # steps that a decision lasts in training: 0.12 s where there are lidars
-
-    @property
-    def state_dim(self):
-        return len(self.sensors) + 2 * sum(lidar.count for lidar in self.lidars)
-
-
-@functools.lru_cache
-def get_task(name, raw_obs=False):
-    """The Task of a name such as CarButton1; raw_obs sees lidar bins as plain sensors. Raises
-    ProcoError with the nearest names for a task there is not."""
-    if name == "DoubleIntegrator":
-        return Task(name, 2, 1, 100, 0.1, (0, 1), repeat=3)
-    if name in VELOCITY:
-        size, actions = VELOCITY[name]
-        return Task(name, size, actions, 1000, 0.05, tuple(range(size)))
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3]
-        raise ProcoError(f"there is no task called {name!r}; did you mean {', '.join(near)}?")
-    agent = "Point" if name.startswith("Point") else "Car"
-    kind, start, at, lidars = name.removeprefix(agent)[:-1], 12 if agent == "Point" else 24, 5, []
-    for lidar in LIDARS[kind]:
-        lidars.append(Lidar(lidar, start, 6.0 if lidar == "circle" else 3.0, NEAREST[lidar], at))
-        start, at = start + BINS, at + 2 * NEAREST[lidar]
-    steps, dt = 500 if kind == "Circle" else 1000, 0.02 if agent == "Point" else 0.04
-    if raw_obs:
-        return Task(name, start, 2, steps, dt, tuple(range(start)), (), round(0.12 / dt))
-    # ASSUMED: velocity x, y, yaw rate and the two compass fields are the sensors that matter. The accelerometer
-    # follows from them and the action; the rest is constant (Point) or the car's idle rear ball.
-    return Task(name, start, 2, steps, dt, (3, 4, 8, 9, 10), tuple(lidars), round(0.12 / dt))
-
-
-TASKS = ["DoubleIntegrator", *(agent + kind + level for agent in ("Point", "Car") for kind in LIDARS for level in "12"),
-         *VELOCITY]
-
-
-def locate(bins, reach, count):
-    """Egocentric positions of the nearest objects that a lidar shows, by peeling: take the largest bin, read its
-    object's distance (exact) and bearing (from the two neighbours), remove what that object explains, repeat.
-
-    bins (..., 16), reach (...) in m -> (..., count, 2) in m, nearest first; what is not seen stands at (reach, 0)."""
-    bins = np.asarray(bins, np.float32)
-    left, right, flat = np.roll(bins, 1, -1).ravel(), np.roll(bins, -1, -1).ravel(), bins.ravel()
-    rest, row = flat.copy().reshape(-1, BINS), np.arange(flat.size // BINS)
-    base, reach = row * BINS, np.broadcast_to(reach, bins.shape[:-1]).ravel()
-    xy = np.empty((len(row), count, 2), np.float32)
-    for k in range(count):
-        i = rest.argmax(1)
-        value = rest[row, i]
-        safe = np.maximum(value, 1e-9)
-        # an object alone splits its value between the neighbours; where another object raised one of them, trust
-        # the side whose outer neighbour is the smaller
-        by_left, by_right = 1 - left[base + i] / safe, right[base + i] / safe
-        crowded = flat[base + (i + 2) % BINS] > flat[base + (i - 2) % BINS]
-        share = np.where(by_right - by_left < 1e-3, by_right, np.where(crowded, by_left, by_right)).clip(0, 1)
-        bearing, distance = (i + share) * (2 * np.pi / BINS), reach * (1 - value)
-        xy[:, k, 0] = np.where(value > 0, distance * np.cos(bearing), reach)
-        xy[:, k, 1] = np.where(value > 0, distance * np.sin(bearing), 0)
-        rest[row, i] = 0
-        for j, alias in (((i + 1) % BINS, share * value), ((i - 1) % BINS, (1 - share) * value)):
-            rest[row, j] = np.where(rest[row, j] <= alias + 1e-3, 0, rest[row, j])
-    return xy.reshape(*bins.shape[:-1], count, 2)
-
-
-def encode(obs, task):
-    """The state that every network works on: obs (..., O) -> (..., S), float32 arrays.
-
-    # DEVIATION: the paper learns on observations. In lidar bins the distance to a hazard is hidden behind kinks that
-    turn with the agent, and every model of bins we tried was worse than "nothing changes"; positions move smoothly."""
-    obs = np.asarray(obs, np.float32)
-    sensors = obs[..., list(task.sensors)]
-    if not task.lidars:
-        return sensors
-    start = task.lidars[0].start
-    bins = obs[..., start:start + BINS * len(task.lidars)].reshape(*obs.shape[:-1], -1, BINS)
-    xy = locate(bins, np.array([lidar.reach for lidar in task.lidars]), max(lidar.count for lidar in task.lidars))
-    return np.concatenate([sensors, *(xy[..., n, :lidar.count, :].reshape(*obs.shape[:-1], -1)
-                                      for n, lidar in enumerate(task.lidars))], -1)
-
-
-def decode(state, task):
-    """An observation that a cost predicate can read: state (..., S) -> (..., O), tensors.
-
-    Renders every object into its lidar as the simulator does; sensors outside the state are 0."""
-    obs = state.new_zeros(*state.shape[:-1], task.obs_dim)
-    obs[..., list(task.sensors)] = state[..., :len(task.sensors)]
-    if not task.lidars:
-        return obs
-    xy = state[..., len(task.sensors):].unflatten(-1, (-1, 2))                                    # (..., N, 2)
-    start, reach = (torch.tensor([getattr(lidar, what) for lidar in task.lidars for _ in range(lidar.count)],
-                                 device=state.device) for what in ("start", "reach"))
-    value = (1 - xy.norm(dim=-1) / reach).clamp(0)
-    turn = torch.atan2(xy[..., 1], xy[..., 0]) * (BINS / (2 * math.pi)) % BINS
-    i = turn.long().clamp(max=BINS - 1)
-    share = turn - i
-    where = torch.cat([start + i, start + (i + 1) % BINS, start + (i - 1) % BINS], -1)            # (..., 3N)
-    return obs.scatter_reduce(-1, where, torch.cat([value, share * value, (1 - share) * value], -1), "amax")
-
-
-def nearest_first(state, task):
-    """Sorts the objects of each lidar by distance, as encode does: (..., S) -> (..., S)."""
-    parts = [state[..., :len(task.sensors)]]
-    for lidar in task.lidars:
-        xy = state[..., lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))
-        if lidar.count > 1:
-            order = xy.square().sum(-1).argsort(-1)
-            xy = xy.gather(-2, order[..., None].expand_as(xy))
-        parts.append(xy.flatten(-2))
-    return torch.cat(parts, -1)
-
-# ==== The simulator ==================================================================================================
+# ==== 0. Tasks, and the state through which they are seen =========================================
+# A task is one entry of TASKS. A state has two parts: the agent's own fields, which the model
+# learns, and the places of things around it, which move by the agent's own motion.
 
 
 class DoubleIntegrator:
-    """A mass between here and a wall: state (x, v), v <- v + a dt, x <- x + v dt, |a| <= 1, |v| <= 2, unsafe at
-    x >= 1, reward the progress in x. The interface is Safety-Gymnasium's."""
+    """A mass before a wall: v <- v + a dt, x <- x + v dt, |a| <= 1, |v| <= 2, unsafe at x >= 1;
+    the reward is the progress in x. The interface is that of Safety-Gymnasium."""
 
     dt = 0.1
 
     def __init__(self, far=3.0):
-        self.far = far                          # m; episodes start at x in [-far, 0]
+        self.far = far  # m; episodes start at x in [-far, 0]
 
     def reset(self, seed=None):
         rng = np.random.default_rng(seed)
-        self.x, self.v, self.t = rng.uniform(-self.far, 0), rng.uniform(-0.5, 0.5), 0
+        self.x, self.v = rng.uniform((-self.far, -0.5), (0, 0.5)).tolist()
+        self.t = 0
         return np.array([self.x, self.v], np.float32), {}
 
     def step(self, action):
-        before = self.x
         self.v = float(np.clip(self.v + np.clip(action[0], -1, 1) * self.dt, -2, 2))
-        self.x, self.t = self.x + self.v * self.dt, self.t + 1
-        return (np.array([self.x, self.v], np.float32), self.x - before, float(self.x >= 1), False,
-                self.t >= 100, {})
+        self.x += self.v * self.dt
+        self.t += 1
+        obs = np.array([self.x, self.v], np.float32)
+        return obs, self.v * self.dt, float(self.x >= 1), False, self.t >= 100, {}
 
 
-def double_integrator_doomed(x, v):
-    """Where even full braking ends at the wall, in steps of dt: arrays x, v -> bool array. In continuous time it is
-    x + max(v, 0)^2 / 2 >= 1."""
-    x, v, doomed = np.array(x, float), np.array(v, float), np.array(x) >= 1
-    for _ in range(21):                         # |v| <= 2 is gone after 20 steps
-        v = np.maximum(v - DoubleIntegrator.dt, np.minimum(v, 0))
-        x = x + v * DoubleIntegrator.dt
-        doomed |= x >= 1
-    return doomed
+def double_integrator_infeasible(x, v):
+    """Where even full braking ends in the wall: arrays x (m), v (m/s) -> bool array."""
+    speeds = np.clip(v, 0, 2)[..., None] - DoubleIntegrator.dt * np.arange(1, 21)
+    return x + DoubleIntegrator.dt * np.maximum(speeds, 0).sum(-1) >= 1
 
 
-@functools.lru_cache
-def make_env(name):
-    """The environment of a task, one for each process. # FORK: other environments go here, with reset(seed) and a step
-    that returns (obs, reward, cost, terminated, truncated, info)."""
-    if name == "DoubleIntegrator":
-        return DoubleIntegrator()
-    simulator = import_simulator()
-    try:
-        env = simulator.make(f"Safety{name}-v{1 if name in VELOCITY else 0}")
-        if name not in VELOCITY:                # to ask whether each observation is in its space takes long
-            env.unwrapped.task.obs_info.obs_space_dict.contains = lambda obs: True
-        return env
-    except ValueError as error:                 # mujoco 3 reads no model in global coordinates
-        why, version = " ".join(str(error).split())[:80], importlib.metadata.version("mujoco")
-        raise ProcoError(f"mujoco {version} can't load {name} ({why}); use Python 3.10 or 3.11, where mujoco 2.3 can "
-                         "be had") from None
+# A lidar of 16 bins: its start in the observation; its reach in m, where the bin of a thing at
+# distance d holds 1 - d / reach; how many of the nearest things the state keeps.
+Lidar = namedtuple("Lidar", "name start reach count")
 
 
-# ==== 1. Data: exclusively safe episodes =============================================================================
-# Every episode that is kept is safe from its first step to its last. Whoever learns from D alone meets no danger
-# anywhere, and so learns of none: the costs in D are all zero.
+@dataclasses.dataclass(eq=False)
+class Task:
+    """All that the program knows about a task. # FORK: a task of your own is one more of these."""
 
-KEYS = "observations next_observations actions rewards costs terminals timeouts".split()
+    name: str
+    make: object  # a function that makes its environment, or a name of Safety-Gymnasium's
+    obs_dim: int
+    act_dim: int
+    steps: int  # of an episode
+    dt: float  # s, of a step
+    sensors: tuple  # indices of the observation that the state keeps as they are
+    lidars: tuple = ()
+    repeat: int = 1  # steps that a decision lasts
+    saturation: tuple = ()  # of each action, beyond which it acts no more; () is 1 for all
+    healthy: tuple = ()  # (field of the state, low, high): an episode ends beyond
+    limited: tuple = ()  # without lidars: fields that the predicate reads
+    settings: dict = dataclasses.field(default_factory=dict)  # its own defaults of Config
+
+    def __post_init__(self):
+        # The kind of each of the N things that the state holds, as the index of its lidar.
+        self.kinds = [k for k, lidar in enumerate(self.lidars) for _ in range(lidar.count)]
+        self.reach = torch.tensor([self.lidars[kind].reach for kind in self.kinds])  # (N,), m
+        self.full = np.array(self.saturation or [1.0] * self.act_dim, np.float32)  # (A,)
+        self.moving = bool(self.things("gremlins"))  # whether things move by themselves, all alike
+        self.own_dim = len(self.sensors) + 3 * self.moving  # with velocity, "buttons are off"
+        self.state_dim = self.own_dim + 2 * len(self.kinds)
+        self.aims = self.things("goal", "push_box")  # one of each: out of sight it is remembered
+
+    def things(self, *names):
+        """Which of the state's N things are seen by lidars of these names: a list of indices."""
+        return [n for n, kind in enumerate(self.kinds) if self.lidars[kind].name in names]
+
+
+BINS = 16  # of every lidar of Safety-Gymnasium
+LIDARS = {  # in the order of the observation: name, and how many of the nearest the state keeps
+    "Circle": {"circle": 1},
+    "Goal": {"goal": 1, "hazards": 5, "vases": 3},
+    "Button": {"buttons": 4, "goal": 1, "hazards": 5, "gremlins": 4},
+    "Push": {"goal": 1, "hazards": 5, "pillars": 4, "push_box": 1},
+}
+AGENTS = {  # where lidars start, s of a step, and where the simulator's XML clamps the forces
+    "Point": (12, 0.02, (0.05, 1.0)),
+    "Car": (24, 0.04, (0.02, 0.02)),
+}
+ROBOTS = {  # sizes, s of a step, what is limited, documented healthy heights and pitches
+    "Ant": (27, 8, 0.05, (13, 14), ((0, 0.2, 1.0),)),
+    "HalfCheetah": (17, 6, 0.05, (8,), ()),
+    "Hopper": (11, 3, 0.008, (5,), ((0, 0.7, math.inf), (1, -0.2, 0.2))),
+    "Swimmer": (8, 2, 0.04, (3,), ()),
+    "Walker2d": (17, 6, 0.008, (8,), ((0, 0.8, 2.0), (1, -1.0, 1.0))),
+}
+
+
+def navigation_task(agent, kind, level):
+    """The entry of a task such as Car, Button, 1."""
+    start, dt, clamps = AGENTS[agent]
+    lidars = []
+    for name, count in LIDARS[kind].items():
+        lidars.append(Lidar(name, start, 6.0 if kind == "Circle" else 3.0, count))
+        start += BINS
+    # ASSUMED: velocity x, y, yaw rate and the two compass fields are the sensors that matter. The
+    # accelerometer follows from them; the rest is constant or the Car's idle rear ball.
+    sensors = (3, 4, 8, 9, 10)
+    # DEVIATION: a decision lasts 0.12 s, for every method alike. A step of 0.02 s changes so little
+    # that the values of its actions differ by less than a network's error.
+    more = {"lidars": tuple(lidars), "repeat": round(0.12 / dt), "saturation": clamps}
+    name = f"{agent}{kind}{level}"
+    steps = 500 if kind == "Circle" else 1000
+    return Task(name, f"Safety{name}-v0", start, 2, steps, dt, sensors, **more)
+
+
+def all_tasks():
+    """The table of tasks, {name: Task}."""
+    # A line and a wall need less than a car among obstacles.
+    small = {"driver_episodes": 100, "hidden": 64, "margin": 0.005, "horizon": 21, "gamma_f": 0.98}
+    small |= {"rollouts": 20_000, "eps": 0.4, "clone_updates": 500, "feasibility_updates": 3_000}
+    small |= {"updates": 1_000, "eval_episodes": 50}
+    more = {"repeat": 3, "limited": (0,), "settings": small}
+    tasks = [Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **more)]
+    for agent in AGENTS:
+        tasks += [navigation_task(agent, kind, level) for kind in LIDARS for level in (1, 2)]
+    for robot, (
+        size,
+        actions,
+        dt,
+        limited,
+        healthy,
+    ) in ROBOTS.items():  # nothing stands around them
+        # A violation is seldom announced, so gamma_f is short and eps small (assets/RESULTS.md).
+        more = {"limited": limited, "healthy": healthy, "settings": {"gamma_f": 0.9, "eps": 0.1}}
+        name = f"{robot}Velocity"
+        more["sensors"] = range(size)
+        tasks.append(Task(name, f"Safety{name}-v1", size, actions, 1000, dt, **more))
+    return {task.name: task for task in tasks}
+
+
+TASKS = all_tasks()
+
+
+def get_task(name):
+    """The Task of a name. Raises ProcoError with the nearest names for one that there is not."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(str(name), TASKS, 3, 0.4) or list(TASKS)[:3]
+        raise ProcoError(f"there is no task {name!r}; did you mean {', '.join(near)}?")
+    return TASKS[name]
+
+
+def split(state, task):
+    """State (..., S) -> own fields (..., W) and places of things as x + iy in m (..., N)."""
+    xy = state[..., task.own_dim :]
+    return state[..., : task.own_dim], torch.complex(xy[..., 0::2], xy[..., 1::2])
+
+
+def join(own, z, task):
+    """The reverse of split, with things sorted by kind and distance: -> state (..., S)."""
+    kind = torch.tensor(task.kinds, device=z.device)
+    order = (100 * kind + z.abs()).argsort(-1)  # none is 100 m away, so kinds stay together
+    return torch.cat([own, torch.view_as_real(z.gather(-1, order)).flatten(-2)], -1)
+
+
+def locate(bins, reach, count):
+    """Places of a lidar's nearest things, by peeling: bins (..., 16) -> x + iy in m (..., count).
+    The largest bin tells a thing's distance, its neighbours the bearing; that is taken away;
+    again."""
+    rest = bins
+    found = []
+    for _ in range(count):
+        value, i = rest.max(-1, keepdim=True)
+        left, right, outer_left, outer_right = ((i + n) % BINS for n in (-1, 1, -2, 2))
+        # A thing alone splits its value between the neighbours. Where another thing raised one of
+        # them, the side whose outer neighbour is smaller is believed.
+        by_left = 1 - bins.gather(-1, left) / value.clamp(min=1e-9)
+        by_right = bins.gather(-1, right) / value.clamp(min=1e-9)
+        crowded = bins.gather(-1, outer_right) > bins.gather(-1, outer_left)
+        share = torch.where(crowded & (by_right - by_left >= 1e-3), by_left, by_right).clamp(0, 1)
+        z = torch.polar(reach * (1 - value), (i + share) * (2 * math.pi / BINS))
+        found.append(torch.where(value > 0, z, reach))
+        rest = rest.scatter(-1, i, 0)
+        for side, alias in ((right, share * value), (left, (1 - share) * value)):
+            there = rest.gather(-1, side)
+            rest = rest.scatter(-1, side, torch.where(there <= alias + 1e-3, 0, there))
+    return torch.cat(found, -1)
+
+
+def own_motion(before, after, task):
+    """How the agent turned and went in a step, by compass and velocimeter: (..., W) twice -> spin,
+    way (...), complex. A thing at rest, seen at z, is then seen at (z - way) spin."""
+    north, turned = (torch.complex(own[..., 4], own[..., 3]) for own in (before, after))
+    spin = north / turned
+    spin = spin / spin.abs().clamp(min=1e-6)
+    velocity, following = (torch.complex(own[..., 0], own[..., 1]) for own in (before, after))
+    return spin, task.dt / 2 * (velocity + following / spin)
+
+
+def encode(obs, task, last=None):
+    """The state that all networks see: obs (..., O), the state a step ago, if any -> (..., S).
+    # DEVIATION: PROCO learns on observations; every model of lidar bins that we tried was worse
+    than "nothing changes", since distances hide behind kinks there that turn with the agent."""
+    obs = torch.as_tensor(obs, dtype=torch.float32)
+    own = obs[..., list(task.sensors)]
+    if not task.lidars:
+        return own
+    bins = [obs[..., lidar.start : lidar.start + BINS] for lidar in task.lidars]
+    places = [locate(part, lidar.reach, lidar.count) for part, lidar in zip(bins, task.lidars)]
+    z = torch.cat(places, -1)
+    if task.moving:  # velocity 0 until there is a last state; buttons that are off are dark
+        dark = bins[0].amax(-1, keepdim=True) == 0
+        own = torch.cat([own, torch.zeros_like(own[..., :2]), dark.float()], -1)
+    # An aim out of sight is guessed where the other things are, in the arena's middle. Straight
+    # ahead, where (reach, 0) lies, it would run away from an agent that follows it.
+    reach = task.reach.to(z.device)
+    seen = z.abs() < 0.999 * reach
+    middle = (z * seen).sum(-1, keepdim=True)
+    guess = torch.where(seen | (middle == 0), z, reach * middle / middle.abs().clamp(min=1e-6))
+    z[..., task.aims] = guess[..., task.aims]
+    state = join(own, z, task)
+    return state if last is None else remember(state, last, task)
+
+
+def remember(state, last, task):
+    """Adds to a state (..., S) what only the one a step ago tells: the velocity that all gremlins
+    share, where buttons are while they are off, and an aim that has gone out of sight."""
+    own, z = split(state, task)
+    own_last, z_last = split(last, task)
+    spin, way = own_motion(own_last, own, task)
+    still = (z_last - way[..., None]) * spin[..., None]  # where what stands still is seen now
+    if task.moving:
+        mine = task.things("gremlins")
+        moved = z[..., None, mine] - still[..., mine, None]  # (..., N, N)
+        moved = moved.gather(-1, moved.abs().argmin(-1, keepdim=True))[..., 0]
+        same = (moved.abs() < 0.02) & (z_last[..., mine].abs() < 2.97)
+        mean = (same * moved).sum(-1) / same.sum(-1).clamp(min=1) / task.dt
+        velocity = torch.complex(own_last[..., -3], own_last[..., -2]) * spin
+        # Of 0.1 to 1, 0.25 errs least against the simulator: slower lags, faster follows the lidar.
+        velocity = torch.where(same.any(-1), velocity + 0.25 * (mean - velocity), velocity)
+        mine = task.things("buttons")
+        # A dark lidar means "off" where buttons were seen just now, else that none is near.
+        off = own[..., -1:] * (still[..., mine].abs().amin(-1, keepdim=True) < 2.9)
+        z[..., mine] = torch.where(off > 0.5, still[..., mine], z[..., mine])
+        own = torch.cat([own[..., :-3], torch.view_as_real(velocity), off], -1)
+    # What vanished from near by was reached and drawn anew. What left at the lidar's edge is there.
+    reach = task.reach.to(z.device)
+    gone = (z.abs() > 0.999 * reach) & (z_last.abs() > reach - 0.2)
+    carried = still * (reach / still.abs().clamp(min=1e-6)).clamp(min=1)
+    z[..., task.aims] = torch.where(gone, carried, z)[..., task.aims]
+    return join(own, z, task)
+
+
+def encode_episodes(obs, next_obs, episode, task):
+    """States before and after each step of whole episodes: (B, O) twice, (B,) -> (B, S) twice."""
+    parts = [slice(row, row + 65_536) for row in range(0, len(obs), 65_536)]
+    state = torch.cat([encode(obs[part], task) for part in parts])
+    following = torch.cat([encode(next_obs[part], task) for part in parts])
+    if not task.lidars:
+        return state, following
+    _, first, count = np.unique(episode, return_index=True, return_counts=True)
+    for t in range(1, count.max()):  # all episodes side by side
+        rows = torch.as_tensor(first[count > t] + t)
+        state[rows] = remember(state[rows], state[rows - 1], task)
+    return state, remember(following, state, task)
+
+
+def decode(state, task):
+    """The observation (..., O) that a predicate reads of a state (..., S); unknown sensors are
+    0."""
+    state = torch.as_tensor(state)
+    own, z = split(state, task)
+    obs = state.new_zeros(*state.shape[:-1], task.obs_dim)
+    obs[..., list(task.sensors)] = own[..., : len(task.sensors)]
+    value = (1 - z.abs() / task.reach.to(z.device)).clamp(min=0)
+    if task.moving:  # buttons that are off are dark
+        value[..., task.things("buttons")] *= own[..., -1:] < 0.5
+    turn = z.angle() * (BINS / (2 * math.pi)) % BINS
+    i = turn.long().clamp(max=BINS - 1)
+    share = turn - i
+    start = torch.tensor([task.lidars[kind].start for kind in task.kinds], device=z.device).long()
+    bins = torch.cat([start + i, start + (i + 1) % BINS, start + (i - 1) % BINS], -1)  # (..., 3N)
+    values = torch.cat([value, share * value, value - share * value], -1)
+    return obs.scatter_reduce(-1, bins, values, "amax")
+
+
+def nearest(state, task):
+    """Places of the nearest thing of each kind: (..., S) -> (..., K), complex, m."""
+    first = [task.kinds.index(kind) for kind in range(len(task.lidars))]
+    return split(state, task)[1][..., first]
+
+
+def ended(state, task):
+    """Whether an episode is over in a state, as where a robot fell: (..., S) -> (...) bool."""
+    over = torch.zeros_like(state[..., 0], dtype=torch.bool)
+    for field, low, high in task.healthy:
+        over |= (state[..., field] < low) | (state[..., field] > high)
+    return over
+
+
+# ==== 1. Data: exclusively safe episodes ==========================================================
+# Every episode of D is safe from its first step to its last, so whoever learns from D alone learns
+# of no danger: all its costs are zero.
+
 CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
-WORKERS = os.cpu_count() or 1
-# workers come from a server that has imported what takes a second; run() starts it beside its first steps
-WORKER_START = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-WORKER_START.set_forkserver_preload(["torch", "h5py", "gymnasium", "mujoco"])
+DEMONSTRATOR = "v2"  # its version, in the names of the files that it made
+MIRROR = "https://huggingface.co/datasets/YYY-45/DSRL/resolve/main"  # DSRL's own host is often down
+KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
 
 
-def make_driver(name, rng):
-    """The scripted driver of one episode: act(obs (O,)) -> action (2,) in [-1, 1]. It makes data where none can be had,
-    is no part of the method, and so lives beside the predicates, in llm_costs/driver.py."""
-    return driver.make_driver(name, rng, LIDARS, locate)
+def dsrl_infos():
+    """What dsrl/infos.py defines, {} without dsrl. Read, not imported: dsrl imports simulators."""
+    package = importlib.util.find_spec("dsrl")
+    return runpy.run_path(f"{package.submodule_search_locations[0]}/infos.py") if package else {}
 
 
-def collect_episode(name, seed):
-    """One episode of a new driver in the simulator -> dict of arrays (T, .), float32, named as in DSRL."""
-    rows, ended, rng = [], False, np.random.default_rng(seed)
-    env, act = (DoubleIntegrator(far=6.0), driver.demonstrator(rng)) if name == "DoubleIntegrator" else \
-        (make_env(name), make_driver(name, rng))
-    obs, _ = env.reset(seed=seed)
-    while not ended:
+CUT_OFF = "it is cut off or no HDF5"
+
+
+def open_hdf5(path):
+    """An HDF5 file, opened to read. Raises ProcoError with the system's own reason."""
+    try:
+        Path(path).open("rb").close()  # what the system refuses, it refuses here
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        reason = error.strerror or CUT_OFF
+        raise ProcoError(f"can't read {path}: {reason}") from None
+
+
+def download(url, part):
+    """Fetches url into the file part, from where an earlier try broke off. Raises ProcoError."""
+    reason = "it breaks off"
+    for pause in (0, 1, 2, 4):
+        time.sleep(pause)
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=(3, 30)) as reply:
+                if reply.status_code == 416:  # nothing is left
+                    return
+                reply.raise_for_status()
+                have *= reply.status_code == 206  # else the server sends it from its start
+                size = have + int(reply.headers.get("Content-Length") or 0)
+                bar = progress(None, f"1 data: {part.stem}", size, initial=have, unit="B")
+                with bar, open(part, "ab" if have else "wb") as file:
+                    for chunk in reply.iter_content(1 << 16):
+                        bar.update(file.write(chunk))
+            if part.stat().st_size >= size:
+                return
+        except requests.RequestException as error:
+            answer = error.response
+            if answer is not None:
+                reason = f"{answer.status_code} {answer.reason}"
+            if not part.exists():
+                reason = reason if answer is not None else "no answer"
+                break
+    raise ProcoError(f"{url}: {reason}")
+
+
+def fetch_dsrl(task, cache_dir=None, base_url=None):
+    """The path of DSRL's recordings of a task, in cache_dir, DSRL_DATASET_DIR or ~/.dsrl/datasets.
+    Else they are downloaded; what is there is replaced only if it is cut off."""
+    urls = dsrl_infos().get("DATASET_URLS", {})
+    if task not in urls:
+        why = f"DSRL has none of {task}" if urls else "the package dsrl is not installed"
+        raise ProcoError(f"no recordings: {why}; give your own with --data FILE.hdf5")
+    host, name = urls[task].rsplit("/", 1)
+    folder = cache_dir or os.environ.get("DSRL_DATASET_DIR") or "~/.dsrl/datasets"
+    path = Path(folder).expanduser() / name
+    part = path.with_name(f"{name}.part")
+    reasons = []
+    if path.exists():
+        try:
+            open_hdf5(path).close()
+            return path
+        except ProcoError as error:
+            reasons = [str(error)]
+            if not reasons[0].endswith(CUT_OFF):
+                raise
+    writable(path.parent, "DSRL_DATASET_DIR")
+    for base in [base_url] if base_url else [MIRROR, host]:
+        try:
+            download(f"{base.rstrip('/')}/{name}", part)
+            open_hdf5(part).close()
+            os.replace(part, path)
+            return path
+        except ProcoError as error:
+            reasons.append(str(error))
+            if reasons[-1].endswith(CUT_OFF):
+                part.unlink()  # a web page, say
+        except OSError as error:
+            raise ProcoError(f"can't write {part}: {error.strerror or error}") from None
+    advice = f"get {name} from {MIRROR} into {path.parent}, or give a file with --data"
+    none = "the tasks Goal, Circle and Button need none: they are demonstrated"
+    raise ProcoError(f"no recordings of {task} ({'; '.join(reasons)}): {advice}; {none}")
+
+
+def collect_episode(job):
+    """An episode of a new demonstrator: (task's name, seed) -> {key: (T, .)} as DSRL's, float32."""
+    name, seed = job
+    # From 3 m away, where the policy will start, nobody who brakes in time gets to know 2 m/s.
+    env = DoubleIntegrator(far=6.0) if name == "DoubleIntegrator" else make_env(name)
+    following, _ = env.reset(seed=seed)
+    act = make_demonstrator(get_task(name), env, np.random.default_rng(seed))
+    rows = []
+    while not rows or not max(rows[-1][-2:]):  # neither terminal nor timeout
+        obs = following
         action = act(obs)
-        next_obs, reward, cost, terminal, timeout, _ = env.step(action)
-        rows.append((obs, next_obs, action, reward, cost, terminal, timeout))
-        obs, ended = next_obs, terminal or timeout
+        following, *rest, _ = env.step(action)
+        rows.append((obs, following, action, *rest))
     return {key: np.array(column, np.float32) for key, column in zip(KEYS, zip(*rows))}
 
 
-def drive_data(name, episodes):
-    """The path of an HDF5 file with `episodes` episodes of the scripted driver, in DSRL's format; driven in parallel
-    processes where the cache folder does not hold it yet. ProcoError for a task it can't drive."""
-    if name != "DoubleIntegrator" and not any(kind in name for kind in ("Goal", "Button", "Circle")):
-        raise ProcoError(f"the scripted driver can't drive {name}; give recorded data with --data FILE.hdf5")
-    path = CACHE / "driver" / f"{name}-{DRIVER}-{episodes}.hdf5"
-    if path.exists():
-        return path
-    work = functools.partial(collect_episode, name)
-    bar = functools.partial(progress, desc=f"1 data: driving {name}", total=episodes)
-    if name == "DoubleIntegrator":
-        parts = [work(seed) for seed in range(episodes)]
-    else:
-        with ProcessPoolExecutor(WORKERS, WORKER_START) as pool:
-            parts = list(bar(pool.map(work, range(episodes))))
-    with whole(path) as part, h5py.File(part, "w") as file:
-        for key in KEYS:
-            file.create_dataset(key, data=np.concatenate([episode[key] for episode in parts]), compression="lzf")
+def demonstrate(name, episodes):
+    """The path of a file with so many episodes of the demonstrator, driven if it is not there."""
+    if "Push" in name or "Velocity" in name:
+        raise ProcoError(f"{name} has no demonstrator; it needs recordings: --data dsrl, or a file")
+    path = CACHE / "demonstrator" / f"{name}-{DEMONSTRATOR}-{episodes}.hdf5"
+    if not path.exists():
+        writable(path.parent, "PROCO_CACHE")
+        driven = in_parallel(collect_episode, [(name, seed) for seed in range(episodes)])
+        parts = list(progress(driven, f"1 data: demonstrating {name}", episodes))
+        buffer = io.BytesIO()  # a full disk is met by the file system, not within HDF5
+        with h5py.File(buffer, "w") as file:
+            for key in KEYS:
+                file[key] = np.concatenate([episode[key] for episode in parts])
+        with whole(path) as part:
+            part.write_bytes(buffer.getbuffer())
     return path
 
 
 def find_data(cfg):
-    """Where the data of a run are: (source, path), with source dsrl, driver or file. # FORK: other sources go here."""
-    if cfg.data == "dsrl":
-        return "dsrl", fetch_dsrl(cfg.task)
-    if cfg.data not in ("auto", "driver"):
-        return "file", Path(cfg.data)
-    if cfg.data == "auto" and cfg.task != "DoubleIntegrator":
+    """Where the data of a run are: (source, path). # FORK: another source of data goes here."""
+    if cfg.data == "dsrl" or (cfg.data == "auto" and cfg.task != "DoubleIntegrator"):
         try:
             return "dsrl", fetch_dsrl(cfg.task)
         except ProcoError as error:
-            warn(f"no DSRL data ({error}); the scripted driver makes some instead")
-    return "driver", drive_data(cfg.task, cfg.driver_episodes)
+            if cfg.data == "dsrl" or "Push" in cfg.task or "Velocity" in cfg.task:
+                raise
+            warn(f"{error}. So the scripted demonstrator makes the data")
+    if cfg.data in ("auto", "demonstrator", "driver"):
+        return "demonstrator", demonstrate(cfg.task, cfg.driver_episodes)
+    return "file", Path(cfg.data).expanduser()
+
+
+def read_fields(file, task):
+    """The datasets of an HDF5 file, {key: dataset}, of the type and shape that they must have."""
+    fields = {key: file.get(key) for key in KEYS}
+    widths = [(task.obs_dim,), (task.obs_dim,), (task.act_dim,), (), (), (), ()]
+    for (key, data), width in zip(fields.items(), widths):
+        if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "biuf":
+            wrong = "is missing" if data is None else "is no array of numbers"
+            raise ProcoError(f"{key} in {file.filename} {wrong}; needed are {', '.join(KEYS)}")
+        shape = (len(fields["observations"]), *width)
+        if data.shape != shape:
+            raise ProcoError(f"{key} in {file.filename} is {data.shape}, not {shape}")
+    return fields
+
+
+def safe_rows(costs, ends, most, path):
+    """Rows of whole episodes with at most so many violations: (B,), (B,) -> rows, their episode."""
+    ends = np.flatnonzero(ends)
+    episode = np.searchsorted(ends, np.arange(len(costs)))
+    safe = np.bincount(episode, costs, len(ends) + 1) <= most
+    safe[len(ends) :] = False  # what follows the last end is no whole episode
+    rows = np.flatnonzero(safe[episode])
+    episode = np.unique(episode[rows], return_inverse=True)[1]
+    if safe.sum() < 2 or len(rows) < 100 or np.bincount(episode).max() < 16:
+        found = f"{safe.sum()} of {len(ends)} episodes in {path}, {len(rows)} steps"
+        need = "2 episodes, one of 16 steps, 100 in all are needed; see --max-episode-cost"
+        raise ProcoError(f"{found}, have at most {most:g} violations: too few, {need}")
+    return rows, episode
 
 
 def load_data(path, task, max_episode_cost=0.0):
-    """The exclusively safe episodes of a file in DSRL's format: (arrays, facts).
-
-    arrays: dict of float32 arrays (B, .) named as in KEYS, and episode (B,), int64. facts: episodes, transitions,
-    return_mean, unsafe_share. Reads only the rows it keeps, so a file of 2 GB does not fill the memory twice.
-    Raises ProcoError, in one sentence, for whatever is wrong with the file."""
-    try:
-        file = h5py.File(path, "r")
-    except OSError:
-        what = "there is no such file" if not Path(path).exists() else "it is cut off or no HDF5"
-        raise ProcoError(f"can't read {path}: {what}") from None
-    with file:
-        missing = [key for key in KEYS if key not in file]
-        if missing:
-            raise ProcoError(f"{path} lacks {', '.join(missing)}; DSRL's files hold {', '.join(KEYS)}")
-        count = len(file["rewards"])
-        for key, width in zip(KEYS, [(task.obs_dim,)] * 2 + [(task.act_dim,)] + [()] * 4):
-            if file[key].shape != (count, *width):
-                raise ProcoError(f"{key} in {path} has the shape {file[key].shape}; {task.name} needs "
-                                 f"{(count, *width)}")
+    """The safe episodes of a file like DSRL's -> arrays {key: (B, .)}, with their episode, and
+    facts. Raises ProcoError, which names the field that is wrong."""
+    arrays = {}
+    with open_hdf5(path) as file:
+        fields = read_fields(file, task)
         try:
-            rewards, costs, terminals, timeouts = (file[key][:].astype(np.float32) for key in KEYS[3:])
-            for key, array in zip(KEYS[3:], (rewards, costs, terminals, timeouts)):
-                if not np.isfinite(array).all():
-                    raise ProcoError(f"{key} in {path} holds NaN or infinity")
-            ends = np.flatnonzero((terminals > 0) | (timeouts > 0))
-            if not len(ends):
-                raise ProcoError(f"{path} marks no end of an episode in terminals or timeouts")
-            episode = np.searchsorted(ends, np.arange(count))           # what follows the last end is not an episode
-            whole_rows = episode < len(ends)
-            total = np.bincount(episode[whole_rows], costs[whole_rows], len(ends))
-            kept = np.flatnonzero(whole_rows & np.isin(episode, np.flatnonzero(total <= max_episode_cost)))
-            if not len(kept):
-                raise ProcoError(f"none of the {len(ends)} episodes in {path} has at most {max_episode_cost:g} "
-                                 f"violations (the safest has {total.min():g}); allow more with --max-episode-cost")
-            gaps = np.flatnonzero(np.diff(kept) > 1) + 1                        # contiguous pieces: fast to read, and
-            bounds = np.unique([*gaps, *range(0, len(kept), 65_536), len(kept)])    # small: no row lies there twice
-            arrays = {key: np.empty((len(kept), *file[key].shape[1:]), np.float32) for key in KEYS[:3]}
-            for key, array in arrays.items():
-                for low, high in zip(bounds, bounds[1:]):
-                    array[low:high] = file[key][kept[low]:kept[high - 1] + 1]
+            ends = (fields["terminals"][:] > 0) | (fields["timeouts"][:] > 0)
+            costs = fields["costs"][:].astype(np.float32)
+            if not (costs >= 0).all():
+                raise ProcoError(f"costs in {path} are not all numbers from 0 on")
+            rows, episode = safe_rows(costs, ends, max_episode_cost, path)
+            for key, field in fields.items():
+                arrays[key] = field[:].astype(np.float32)[rows]
         except OSError as error:
-            raise ProcoError(f"can't read {path}: it is damaged ({type(error).__name__})") from None
-    arrays |= dict(rewards=rewards[kept], costs=costs[kept], terminals=terminals[kept], timeouts=timeouts[kept])
+            raise ProcoError(f"{path} is damaged: {error}") from None
+    digest = hashlib.sha256()
     for key, array in arrays.items():
+        digest.update(array.tobytes())
         if not np.isfinite(array).all():
             raise ProcoError(f"{key} in {path} holds NaN or infinity")
-    if len(np.unique(episode[kept])) < 2:
-        raise ProcoError(f"{path} has one safe episode; two are the least, as one is held out")
-    if np.abs(arrays["actions"]).max() > 1.001:
-        raise ProcoError(f"actions in {path} leave [-1, 1]: the largest is {np.abs(arrays['actions']).max():.3g}")
-    arrays["episode"] = np.unique(episode[kept], return_inverse=True)[1]
-    returns = np.bincount(arrays["episode"], arrays["rewards"])
-    return arrays, dict(episodes=len(returns), transitions=len(kept), return_mean=float(returns.mean()),
-                        unsafe_share=float((arrays["costs"] > 0).mean()), of_episodes=len(ends))
+    largest = np.abs(arrays["actions"]).max()
+    if largest > 1.001:
+        raise ProcoError(f"actions in {path} leave [-1, 1]: the largest is {largest:.3g}")
+    returns = np.bincount(episode, arrays["rewards"])
+    facts = {"episodes": len(returns), "of_episodes": int(ends.sum()), "transitions": len(rows)}
+    facts |= {"return_mean": returns.mean(), "unsafe_share": (arrays["costs"] > 0).mean()}
+    return arrays | {"episode": episode}, facts | {"hash": digest.hexdigest()[:16]}
 
 
-def to_device(arrays, task, cost, device):
-    """D as every later step wants it: tensors state, action, reward, next_state, cost, done, episode, held_out (bool,
-    kept from the dynamics model) and danger, the distance of s' to danger by the predicate, on the device."""
-    tensor = lambda array: torch.as_tensor(array, device=device)
-    state, next_state = (np.concatenate([encode(arrays[key][at:at + 65_536], task)
-                                         for at in range(0, len(arrays[key]), 65_536)])
-                         for key in ("observations", "next_observations"))
-    data = dict(state=tensor(state), action=tensor(arrays["actions"]), reward=tensor(arrays["rewards"]),
-                next_state=tensor(next_state), cost=tensor(arrays["costs"]), done=tensor(arrays["terminals"]),
-                episode=tensor(arrays["episode"]))
-    last = data["episode"][-1] + 1                                      # the last tenth of the episodes is held out
-    data["held_out"] = data["episode"] >= last - max(1, last // 10)
-    data["danger"] = torch.cat([danger_distance(cost, decode(s, task), a, decode(n, task)) for s, a, n in zip(
-        *(data[key].split(65_536) for key in ("state", "action", "next_state")))])
-    return data
+def to_device(arrays, task, device):
+    """D as tensors: state, action, ..., episode, and held_out, the last tenth of the episodes."""
+    episode = arrays["episode"]
+    obs, following, action = (arrays[key] for key in KEYS[:3])
+    state, following = encode_episodes(obs, following, episode, task)
+    # ASSUMED: all works with actions that the plant distinguishes. A network that sees thrusts
+    # which all act alike takes 0.3 for gentle driving: CarButton1 cost 35 instead of 7.
+    data = {"state": state, "action": (action / task.full).clip(-1, 1), "next_state": following}
+    data |= {"reward": arrays["rewards"], "cost": arrays["costs"], "done": arrays["terminals"]}
+    held_out = episode > episode[-1] - max(1, (episode[-1] + 1) // 10)
+    data |= {"episode": episode, "held_out": held_out}
+    return {key: torch.as_tensor(value, device=device) for key, value in data.items()}
 
 
-# ==== 2. Dynamics: a probabilistic ensemble on the decoded state =====================================================
-# What would have happened. The members differ in their first weights and in the order of the data; where they agree the
-# model is believed, where they differ a roll-out ends.
+def decisions(data, task, gamma, margin=None):
+    """D in decisions, all stretches of k = task.repeat steps within an episode -> {key: (B, .)};
+    the cost (B, k) of their steps: with a margin the conservative one, else as recorded."""
+    k = task.repeat
+    episode = data["episode"]
+    first = (episode[k - 1 :] == episode[: len(episode) - k + 1]).nonzero()[:, 0]
+    steps = torch.arange(k, device=first.device)
+    rows = first[:, None] + steps  # (B, k)
+    distance = data["distance"][rows]
+    unsafe = data["cost"][rows] > 0 if margin is None else distance <= margin
+    table = {"state": data["state"][first], "next_state": data["next_state"][rows[:, -1]]}
+    table |= {"action": data["action"][rows].mean(1), "done": data["done"][rows].amax(1)}
+    table |= {"reward": (gamma**steps * data["reward"][rows]).sum(1), "cost": unsafe.float()}
+    return table | {"distance": distance.amin(1)}
+
+
+# ==== 2. Dynamics: a probabilistic ensemble =======================================================
+# What would have happened. The members differ in their first weights and in the order of the data;
+# where they agree they are believed, where they differ a roll-out ends.
 
 
 class Mlp(nn.Module):
-    """`members` networks of one shape as one batched product: x (B, I) or (E, B, I) -> (E, B, out), or some of E."""
+    """E networks of one shape as one batched product: x (B, I) or (E, B, I) -> (E, B, outputs)."""
 
-    def __init__(self, sizes, members=1):
+    def __init__(self, inputs, hidden, outputs, members=1):
         super().__init__()
-        bounds = [1 / math.sqrt(size) for size in sizes[:-1]]                     # the usual uniform initialisation
-        self.weights = nn.ParameterList(torch.empty(members, o, i).uniform_(-b, b)
-                                        for i, o, b in zip(sizes[:-1], sizes[1:], bounds))
-        self.biases = nn.ParameterList(torch.empty(members, o, 1).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for n, m in zip([inputs, hidden, hidden], [hidden, hidden, outputs]):
+            bound = 1 / math.sqrt(n)  # the usual uniform initialisation
+            self.weights.append(torch.empty(members, m, n).uniform_(-bound, bound))
+            self.biases.append(torch.empty(members, m, 1).uniform_(-bound, bound))
 
-    def forward(self, x, members=None):
-        x = x.mT                        # the batch last: products of few rows are fast, of few columns slow
-        # a ParameterList makes up a name for every entry it hands out: a third of a small product's time
-        for n, (weight, bias) in enumerate(zip(*(part._parameters.values() for part in (self.weights, self.biases)))):
-            if members is not None:
-                weight, bias = weight[members], bias[members]
-            x = x.expand(len(weight), *x.shape[-2:]) if n == 0 else F.relu(x, inplace=True)
-            x = torch.baddbmm(bias, weight, x)                                                    # (E, out, B)
+    def forward(self, x, members=slice(None)):
+        x = x.mT  # the batch last: products of few rows are fast, of few columns slow
+        for n, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            weight = weight[members]
+            x = F.relu(x) if n else x.expand(len(weight), *x.shape[-2:])
+            x = torch.baddbmm(bias[members], weight, x)  # (E, out, B)
         return x.mT
 
 
 class Dynamics(nn.Module):
-    """p_i(s' | s, a) = N(s + mu_i, sigma_i^2), E members (PETS, Chua et al. 2018; MBPO, Janner et al. 2019).
+    """p_i(own' | own, a) = N(own + mu_i, sigma_i^2), E members (PETS, Chua et al. 2018), of own
+    fields. Things at rest move by own_motion, in closed form, which is exact where the data never
+    were.
+    # ASSUMED: things do not act on the agent, and nothing is pushed (no contact forces)."""
 
-    From sensors and action each member predicts the change of the sensors and, for each kind of object, the affine
-    map x -> x + M x + t that the agent's own motion applies to things it sees. Turning is linear in the position
-    and driving shifts it, so the map is exact at places where the data never were: beside a hazard, above all.
-    # ASSUMED: objects do not act on the agent (no contact forces)."""
-
-    def __init__(self, task, members, hidden):
+    def __init__(self, task, cfg):
         super().__init__()
-        self.task, self.kinds, size = task, len(task.lidars), len(task.sensors)
-        self.net = Mlp([size + task.act_dim, hidden, hidden, 2 * size + 7 * self.kinds], members)
-        for name, width in (("mean", size), ("std", size), ("change", size), ("shift", self.kinds), ("low", size),
-                            ("high", size)):
+        self.task = task
+        width = task.own_dim
+        self.net = Mlp(width + task.act_dim, cfg.hidden // 2, 2 * width, cfg.ensemble)
+        for name in ("mean", "std", "change", "low", "high"):
             self.register_buffer(name, torch.ones(width))
-        self.register_buffer("elites", torch.arange(members))
+        self.register_buffer("elites", torch.arange(max(1, round(cfg.ensemble * 2 / 3))))
         self.register_buffer("limit", torch.tensor(math.inf))
-        self.register_buffer("closest", torch.zeros(self.kinds))
-        self.register_buffer("drift", torch.zeros(self.kinds))
-        of = [n for n, lidar in enumerate(task.lidars) for _ in range(lidar.count)]                   # an object's kind
-        self.register_buffer("of", torch.tensor(of, dtype=torch.long), persistent=False)
-        self.register_buffer("reach", torch.tensor([task.lidars[n].reach for n in of]), persistent=False)
+        self.register_buffer("closest", torch.zeros(len(task.lidars), BINS))
 
-    def means(self, sensors, action, members=None):
-        """sensors (B, s), action (B, A) -> the sensors' change (E, B, s), maps (E, B, kinds, 2, 3), and what the
-        logarithms of their variances are made from (E, B, s + kinds); in standardised units."""
-        out = self.net(torch.cat([(sensors - self.mean) / self.std, action], -1), members)
-        delta, maps, blur = out.split([len(self.mean), 6 * self.kinds, len(self.mean) + self.kinds], -1)
-        return delta, maps.unflatten(-1, (self.kinds, 2, 3)), blur
-
-    def forward(self, state, action, members=None):
-        """state (B, S), action (B, A) -> sensors' change (E, B, s), its log-variance, maps (E, B, kinds, 2, 3) and
-        their log-variance (E, B, kinds), all in standardised units."""
-        size = len(self.task.sensors)
-        delta, maps, blur = self.means(state[..., :size], action, members)
-        blur = -12 + F.softplus(14 - F.softplus(2 - blur))              # smoothly into about [-12, 2] (PETS)
-        return delta, blur[..., :size], maps, blur[..., size:]
+    def forward(self, own, action, members=slice(None)):
+        """own (B, W), action (B, A) -> mean, log-variance (E, B, W) of its standardised change."""
+        x = torch.cat([(own - self.mean) / self.std, action.expand(*own.shape[:-1], -1)], -1)
+        mean, spread = self.net(x, members).chunk(2, -1)
+        return mean, -12 + F.softplus(14 - F.softplus(2 - spread))  # smoothly into about [-12, 2]
 
     @torch.no_grad()
-    def step(self, state, action, hidden=None):
-        """The elites' mean next states: state (B, S), action (B, A) -> (elites, B, S).
-
-        hidden (B, kinds, 2), unit vectors: where things that move by themselves are going, which one observation does
-        not show; drift (kinds,), m a step, says how fast, and is 0 for what stands still."""
-        size, lidars = len(self.task.sensors), self.task.lidars
-        delta, maps, _ = self.means(state[..., :size], action, self.elites)
-        # sensors stay near what was recorded: a roll-out must not invent speeds
-        parts = [(state[..., :size] + self.change * delta).clamp(self.low, self.high)]
-        for n, lidar in enumerate(lidars):
-            xy = state[..., lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))           # (B, N, 2)
-            unseen = xy.norm(dim=-1, keepdim=True) > 0.999 * lidar.reach
-            moved = xy + self.shift[n] * move(maps[..., n, :, :], xy)
-            moved = moved if hidden is None else moved + self.drift[n] * hidden[:, n, None]
-            parts.append(torch.where(unseen, xy, moved).flatten(-2))
-        return nearest_first(torch.cat(parts, -1), self.task)
-
-    @torch.no_grad()
-    def hold(self, state, action, steps):
-        """The best elite's mean state after some steps of one held action: state (B, S), action (B, A) -> (B, S). As
-        the maps depend on sensors and action alone, things are moved once, by the product of the maps."""
-        size, best = len(self.task.sensors), int(self.elites[0])
-        sensors, whole = state[:, :size], torch.eye(2, 3, device=state.device)[..., None, None]   # x -> whole (x, 1)
+    def step(self, state, action, steps=1, members=None):
+        """Mean states after so many steps of one held action: (B, S), (B, A) -> (elites, B, S)."""
+        task = self.task
+        members = self.elites if members is None else members
+        own, z = split(state, task)
+        turn = 1  # of things: z -> turn z + shift, and + wander if they move by themselves
+        shift = wander = 0
         for _ in range(steps):
-            delta, maps, _ = self.means(sensors, action, slice(best, best + 1))
-            sensors = (sensors + self.change * delta[0]).clamp(self.low, self.high)
-            maps = self.shift[:, None] * maps[0].permute(2, 3, 1, 0).contiguous()                 # (2, 3, kinds, B)
-            whole = whole + maps[:, :1] * whole[0] + maps[:, 1:2] * whole[1]
-            whole[:, 2] += maps[:, 2]
-        x, y = state[:, size:].unflatten(-1, (len(self.of), 2)).permute(2, 1, 0).contiguous()     # (N, B): long rows
-        (a, b, c), (d, e, f) = whole.index_select(2, self.of)
-        unseen = x * x + y * y > (0.999 * self.reach[:, None]) ** 2
-        xy = torch.stack([torch.where(unseen, x, a * x + b * y + c), torch.where(unseen, y, d * x + e * y + f)])
-        return nearest_first(torch.cat([sensors, xy.permute(2, 1, 0).flatten(-2)], -1), self.task)
+            before = own
+            # A roll-out must not invent speeds: own fields stay near what was recorded.
+            own = own + self.change * self(own, action, members)[0]
+            own = own.clamp(self.low, self.high)
+            if task.lidars:
+                spin, way = own_motion(before, own, task)
+                turn = turn * spin
+                shift = (shift - way) * spin
+            if task.moving:
+                wander = wander * spin + task.dt * torch.complex(own[..., -3], own[..., -2])
+        if not task.lidars:
+            return own
+        moved = turn[..., None] * z + shift[..., None]
+        if task.moving:
+            moved[..., task.things("gremlins")] += wander[..., None]
+        # What no lidar shows stands nowhere and stays there; but an aim is remembered.
+        hidden = z.abs() > 0.999 * task.reach.to(z.device)
+        hidden[..., task.aims] = False
+        return join(own, torch.where(hidden, z, moved), task)
+
+    def best(self, state, action, steps=1):
+        """step of the best elite alone: (B, S), (B, A) -> (B, S)."""
+        return self.step(state, action, steps, self.elites[:1])[0]
 
     def foreseen(self, state):
-        """Whether the model can say what comes next: not where something is redrawn when it is reached, as goals are,
-        and nearer than any recorded one. state (B, S) -> (B,) bool."""
-        return (nearest(state, self.task) >= self.closest).all(-1)
+        """Whether the model can say what comes next: (..., S) -> (...) bool. Not where a thing is
+        redrawn because it was reached: there it is nearer than any recorded one on that side."""
+        z = nearest(state, self.task)
+        kind = torch.arange(z.shape[-1], device=z.device)
+        return (z.abs() >= self.closest[kind, sector(z)]).all(-1)
 
-    def disagreement(self, nexts):
-        """How far apart the elites' predictions of the sensors lie, in usual changes: nexts (E, B, S) -> (B,)."""
-        return (nexts[..., :len(self.task.sensors)].std(0) / self.change).amax(-1)
-
-
-def nearest(state, task):
-    """Distance of the nearest object of each kind: (..., S) -> (..., kinds), m."""
-    return torch.stack([state[..., lidar.at:lidar.at + 2].norm(dim=-1) for lidar in task.lidars], -1) if task.lidars \
-        else state[..., :0]
+    def disagreement(self, states):
+        """How far apart the elites' own fields lie, in usual changes: (elites, B, S) -> (B,)."""
+        return (states[..., : self.task.own_dim].std(0, correction=0) / self.change).amax(-1)
 
 
-def redrawn(state, next_state, task):
-    """Whether the nearest object of a kind moved faster than anything can, 5 cm a step: (B, S) x 2 -> (B, kinds)."""
-    reach = torch.tensor([lidar.reach for lidar in task.lidars], device=state.device)
-    here, there = nearest(state, task), nearest(next_state, task)
-    return (here < 0.99 * reach) & ((here - there).abs() > 0.05)
+def sector(z):
+    """In which of 16 sectors around the agent a place lies: complex -> index."""
+    return (z.angle() * (BINS / (2 * math.pi)) % BINS).long().clamp(max=BINS - 1)
 
 
-def move(maps, xy):
-    """The affine maps' displacement of positions: maps (..., 2, 3), xy (..., N, 2) -> (..., N, 2)."""
-    return xy @ maps[..., :2].mT + maps[..., None, :, 2]
+def jumped(state, following, task, steps=1):
+    """Whether the nearest thing of a kind moved faster than any can: (B, S), (B, S) -> (B, K)."""
+    here, there = (nearest(x, task).abs() for x in (state, following))
+    seen = here < 0.99 * max([lidar.reach for lidar in task.lidars], default=0)
+    return seen & ((here - there).abs() > 0.05 * steps)
 
 
-def pair_objects(state, next_state, task):
-    """Which object is which one step later: displacements (B, N, 2) in m, and which of them to trust (B, N).
+def redrawn_within(state, following, task):
+    """At what distance things are redrawn because they were reached, by kind and side: (K, 16), m;
+    0 for kinds that never jump when nearest; gremlins do, but from anywhere, as an episode
+    begins."""
+    z = nearest(state, task)
+    jump = jumped(state, following, task)
+    closest = torch.zeros(z.shape[-1], BINS, device=z.device)
+    for kind, (gap, side) in enumerate(zip(z.abs().mT, sector(z).mT)):
+        if (jump[:, kind] & (gap < gap.min() + 0.05)).float().mean() < 1e-4:
+            continue
+        closest[kind] = gap.min()
+        for n in range(BINS):  # a Car presses a button at 0.21 to 0.31 m, according to the side
+            if (jump[:, kind] & (side == n) & (gap < gap.min() + 0.15)).sum() >= 5:
+                closest[kind, n] = gap[side == n].min()
+    return (closest - 0.01).clamp(min=0)  # what stands at that very distance was not redrawn yet
 
-    The order by distance changes and lidars show a bearing wrong where objects stand close, so positions are first
-    carried along by the velocimeter and the gyroscope; only what is then found within 2 cm counts as the same."""
-    turn, shift = -task.dt * next_state[:, 2], task.dt * next_state[:, :2]
-    cos, sin = turn.cos(), turn.sin()
-    spin = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)           # (B, 2, 2)
-    deltas, trusted = [], []
-    for lidar in task.lidars:
-        here, there = (s[:, lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2)) for s in (state, next_state))
-        guess = (here - shift[:, None]) @ spin.mT
-        gap, match = torch.cdist(guess, there).min(-1)                                            # (B, N)
-        deltas.append(there.gather(1, match[..., None].expand_as(here)) - here)
-        trusted.append((gap < 0.02) & (here.norm(dim=-1) < 0.99 * lidar.reach))
-    return torch.cat(deltas, 1), torch.cat(trusted, 1)
+
+def dynamics_loss(model, own, action, following):
+    """Loss and mean absolute error of each member: batches (E, B, .) -> (E,), (E,). beta-NLL
+    (Seitzer et al. 2022, beta = 1/2): noisy fields neither drown the rest nor are ignored."""
+    mean, spread = model(own, action)
+    error = (following - own) / model.change - mean
+    nll = error.square() * (-spread).exp() + spread
+    return (nll * (spread / 2).exp().detach()).mean((1, 2)), error.abs().mean((1, 2))
 
 
-def dynamics_loss(model, state, action, next_state, delta, trusted):
-    """Each member's loss and, for the hold-out, its mean absolute error: batches (E, B, .) -> (E,), (E,).
-
-    beta-NLL (Seitzer et al. 2022, beta = 1/2): the variance's root, detached, weighs each error, so that noisy
-    fields neither drown the rest nor are ignored. The absolute error is what early stopping goes by: a few
-    wrongly paired objects spoil a held-out likelihood long before the model has learnt all it can."""
-    size = len(model.task.sensors)
-    mean, spread, maps, blur = model(state, action)
-    error = (next_state[..., :size] - state[..., :size]) / model.change - mean
-    loss = ((error.square() * (-spread).exp() + spread) * (spread / 2).exp().detach()).mean((1, 2))
-    score = error.abs().mean((1, 2))
-    for n, (lidar, mine) in enumerate(zip(model.task.lidars, object_slices(model.task))):
-        xy = state[..., lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))               # (E, B, N, 2)
-        error = delta[..., mine, :] / model.shift[n] - move(maps[..., n, :, :], xy)
-        noise = blur[..., n, None]                                                                # (E, B, 1)
-        nll = (error.square().mean(-1) * (-noise).exp() + noise) * (noise / 2).exp().detach()
-        weight = trusted[..., mine].to(nll.dtype)
-        total = weight.sum((1, 2)).clamp(min=1)
-        loss = loss + (nll * weight).sum((1, 2)) / total
-        score = score + (error.abs().mean(-1) * weight).sum((1, 2)) / total
-    return loss, score
+def deviation(x, least=1e-5):
+    """Standard deviation of each field; 1 where it is constant, which then says nothing."""
+    std = x.std(0)
+    return torch.where(std > least, std, 1)
 
 
 def train_dynamics(data, task, cfg, generator):
-    """Fits the ensemble with a hold-out of whole episodes; each member keeps its best weights -> Dynamics.
-
-    data: dict with state, action, next_state (B, .) and episode (B,) on one device."""
-    state, action, next_state, device = data["state"], data["action"], data["next_state"], data["state"].device
-    size, model = len(task.sensors), Dynamics(task, cfg.ensemble, cfg.hidden // 2).to(device)
-    sensors, change = state[:, :size], next_state[:, :size] - state[:, :size]
-    delta, trusted = pair_objects(state, next_state, task) if task.lidars else (state[:, :0], state[:, :0])
-    # a constant field says nothing: its scale of 1 keeps its change at 0 instead of dividing noise by noise
-    model.mean, model.std = sensors.mean(0), torch.where(sensors.std(0) > 1e-5, sensors.std(0), 1)
-    model.change = torch.where(change.std(0) > 1e-6, change.std(0), 1)
-    # ASSUMED: a roll-out may leave what was recorded by half its range. With a twentieth the double integrator's model
-    # braked at speeds above the recorded 1.3 m/s as if they were 1.3, and missed a sixth of what is doomed.
-    reach = 0.5 * (sensors.amax(0) - sensors.amin(0))
-    model.low, model.high = sensors.amin(0) - reach, sensors.amax(0) + reach
-    model.shift = torch.stack([delta[:, mine][trusted[:, mine]].square().mean().sqrt().clamp(min=1e-3)
-                               for mine in object_slices(task)]) if task.lidars else model.shift
-    jumped = redrawn(state, next_state, task)
-    model.closest = torch.where(jumped.float().mean(0) > 1e-4, nearest(state, task).amin(0), 0)
-    train, test = ((data["held_out"] == kind).nonzero()[:, 0] for kind in (False, True))
-    test = test[torch.randperm(len(test), generator=generator, device=device)[:8192]]
-    optimiser = adam(model, rate=2e-2)
-    best, kept, stale = torch.full((cfg.ensemble,), math.inf, device=device), None, 0
-    fields, epochs = (state, action, next_state, delta, trusted), max(1, round(cfg.model_epochs * cfg.scale))
-    for epoch in (bar := progress(range(epochs), "2 dynamics")):
-        order = torch.stack([torch.randperm(len(train), generator=generator, device=device)
-                             for _ in range(cfg.ensemble)])                                       # (E, B)
-        optimiser.rate = 2e-2 * (1 - epoch / epochs)                     # so high that 20 epochs do what 40 did at 3e-3
+    """Fits the ensemble; episodes are held out, members keep their best weights -> Dynamics."""
+    device = data["state"].device
+    shuffle = functools.partial(torch.randperm, generator=generator, device=device)
+    model = Dynamics(task, cfg).to(device)
+    own, following = (data[key][:, : task.own_dim] for key in ("state", "next_state"))
+    model.mean = own.mean(0)
+    model.std = deviation(own)
+    model.change = deviation(following - own, 1e-6)
+    # ASSUMED: a roll-out may leave the record by half its range. With a twentieth, the double
+    # integrator's model braked at speeds above the recorded as if they were recorded.
+    low, high = own.aminmax(dim=0)
+    model.low = low - 0.5 * (high - low)
+    model.high = high + 0.5 * (high - low)
+    model.closest = redrawn_within(data["state"], data["next_state"], task)
+    train, test = (rows.nonzero()[:, 0] for rows in (~data["held_out"], data["held_out"]))
+    test = test[shuffle(len(test))[:8192]]
+    fields = (own, data["action"], following)
+    held_out = [field[test].expand(cfg.ensemble, -1, -1) for field in fields]
+    optimiser = adam(model.net, rate=2e-2)  # so high that 20 epochs do what 40 do at 3e-3
+    best = torch.full((cfg.ensemble,), math.inf, device=device)
+    kept = copy.deepcopy(model.net.state_dict())
+    stale = 0
+    epochs = max(1, round(cfg.model_epochs * cfg.scale))
+    for epoch in progress(range(epochs), "2 dynamics"):
+        order = torch.stack([shuffle(len(train)) for _ in best])  # (E, B): one for each member
         for rows in train[order].split(512, 1):
-            descend(optimiser, dynamics_loss(model, *(field[rows] for field in fields))[0].sum())
+            loss, _ = dynamics_loss(model, *(field[rows] for field in fields))
+            descend(optimiser, loss.sum(), 1 - epoch / epochs)
         with torch.no_grad():
-            _, score = dynamics_loss(model, *(field[test].expand(cfg.ensemble, *field[test].shape) for field in fields))
-        better = score < best * 0.995
-        kept = {name: torch.where(better.view(-1, 1, 1), value, kept[name]) if kept else value.clone()
-                for name, value in model.net.state_dict().items()}
-        best, stale = torch.minimum(score, best), 0 if bool(better.any()) else stale + 1
-        bar.set_postfix_str(f"hold-out error {float(best.mean()):.4f}")
+            _, error = dynamics_loss(model, *held_out)
+        better = error < best * 0.995
+        best = torch.minimum(error, best)
+        for name, value in model.net.state_dict().items():
+            kept[name] = torch.where(better.view(-1, 1, 1), value, kept[name])
+        stale = 0 if better.any() else stale + 1
         if stale >= 5:
             break
-    model.requires_grad_(False).net.load_state_dict(kept)
-    model.elites = best.argsort()[:max(1, round(cfg.ensemble * 2 / 3))]
-    # ASSUMED: what is still misplaced by 0.2 m/s moves by itself: gremlins by 0.26, hazards, blurred by lidars, by 0.16
-    blur = (model(state[test], action[test], model.elites[:1])[3][0] / 2).exp().median(0).values * model.shift
-    model.drift = torch.where(blur > 0.2 * task.dt, math.sqrt(2) * blur, 0)
-    # ASSUMED: a roll-out is believed as long as the elites differ by at most three times what is usual on real states
+    model.net.load_state_dict(kept)
+    model.requires_grad_(False)
+    model.elites = best.argsort()[: len(model.elites)]
+    # ASSUMED: a roll-out is believed while the elites differ by at most three times what is usual.
     if len(model.elites) > 1:
-        model.limit = (3 * model.disagreement(model.step(state[test], action[test])).quantile(0.99)).clamp(min=0.5)
+        usual = model.disagreement(model.step(data["state"][test], data["action"][test]))
+        model.limit = (3 * usual.quantile(0.99)).clamp(min=0.5)
     return model
 
 
-def object_slices(task):
-    """For each lidar, which of the state's N objects are its own."""
-    first = [(lidar.at - len(task.sensors)) // 2 for lidar in task.lidars]
-    return [slice(at, at + lidar.count) for at, lidar in zip(first, task.lidars)]
+def blocks(state, task):
+    """The parts of a state that a report tells apart, {name: (..., .)}; of lidars, distances."""
+    names = [lidar.name for lidar in task.lidars]
+    parts = dict(zip(names, nearest(state, task).abs().split(1, -1)))
+    parts["sensors"] = state[..., : len(task.sensors)]
+    if task.moving:
+        parts["gremlins' velocity"] = state[..., task.own_dim - 3 : task.own_dim - 1]
+    return parts
 
 
-# ==== 3. Cost: a predicate written by a language model, which nobody has to trust ====================================
-# What may not happen, in words, turned into code that reads an observation. The data need no labels for it, and the
-# model's states can be judged as well as recorded ones.
+@torch.no_grad()
+def dynamics_report(model, data, steps=(1, 5, 10, 15)):
+    """How wrong the best elite is on held-out episodes: {block: {"r2" of a step's change, "error"
+    after k open-loop steps (root mean square), "nothing_changes": the same for the start}}."""
+    task = model.task
+    within = data["episode"][: -steps[-1]] == data["episode"][steps[-1] :]
+    rows = (data["held_out"][: -steps[-1]] & within).nonzero()[::7, 0]
+    state = data["state"][rows]
+    first = blocks(state, task)
+    report = {name: {"error": [], "nothing_changes": []} for name in first}
+    for k in range(1, steps[-1] + 1):
+        state = model.best(state, data["action"][rows + k - 1])
+        true = blocks(data["next_state"][rows + k - 1], task)
+        for name, guess in blocks(state, task).items() if k in steps else ():
+            moved = first[name] - true[name]
+            near = moved[:, 0].abs() < 0.06 * k
+            same = near if task.lidars and guess.shape[-1] == 1 else slice(None)
+            wrong, moved = (x[same].square() for x in (guess - true[name], moved))
+            if k == 1:
+                r2 = 1 - wrong.sum(0) / moved.sum(0).clamp(min=1e-9)
+                report[name]["r2"] = float(r2[moved.sum(0) > 1e-9].mean())
+            report[name]["error"].append(float(wrong.mean().sqrt()))
+            report[name]["nothing_changes"].append(float(moved.mean().sqrt()))
+    return report
 
 
-@functools.lru_cache
-def load_cost(name):
-    """The cost predicate of a task: cost(obs (..., O), action (..., A), next_obs (..., O), margin=0.0) -> (...) of 0.
-    and 1. for next_obs, `margin` widening the danger in its own unit (m, m/s). Read from llm_costs/<name>.py, compiled
-    and checked. Raises CostError. # FORK: a cost of your own goes here."""
+def print_report(report, margin):
+    """The dynamics report as a table, and the margin of the conservative cost."""
+    print("   block              R^2 of a step | error after 1, 5, 10, 15 steps | nothing changes")
+    for name, row in report.items():
+        error, still = (" ".join(map("{:.4f}".format, row[key])) for key in list(row)[:2])
+        print(f"   {name:<18} {row['r2']:13.4f} | {error:>31} | {still}")
+    print(f"3 cost: margin of the conservative cost {margin:.4f}")
+
+
+# ==== 3. Cost: a predicate written by a language model ============================================
+# What may not happen, in words, turned into code that reads an observation: so the states of the
+# model can be judged as well as recorded ones, and D needs no labels.
+
+BARE = ("range", "len", "abs", "min", "max", "sum", "float", "int", "bool", "zip", "enumerate")
+
+
+def import_for_cost(name, *_):
+    """What `import` finds in a predicate: math and torch, which imports its own parts by this."""
+    if name.partition(".")[0] not in ("torch", "math"):
+        raise ImportError(f"a predicate imports nothing but torch and math, not {name}")
+    return globals()[name.partition(".")[0]]
+
+
+def load_cost(task, path=None):
+    """A task's predicate, from path or llm_costs/: cost(obs (..., O), action (..., A), next_obs
+    (..., O), margin=0.0) -> (...) of 0. and 1.; margin widens danger, m or m/s. # FORK: a cost of
+    your own."""
+    sizes = get_task(task)
+    places = [HERE / "llm_costs" / f"{task}.py", HERE / f"{task}.py"]
+    places = [Path(path).expanduser()] if path else places
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        hint = f"write one with `python -m llm_costs.write --task {task}`, or give --cost FILE"
+        raise CostError(f"there is no predicate {places[0]}: {hint}")
+    bare = {name: getattr(builtins, name) for name in BARE} | {"__import__": import_for_cost}
+    scope = {"__builtins__": bare, "torch": torch, "math": math}
     try:
-        return compile_cost((HERE / "llm_costs" / f"{name}.py").read_text(), name)
-    except OSError:
-        raise CostError(f"there is no cost predicate for {name}: write one with --write-cost") from None
+        text = found.read_text("utf-8-sig")
+        exec(compile(text, str(found), "exec"), scope)  # noqa: S102 (reviewed code, bare builtins)
+        cost = scope["cost"]
+        obs = torch.rand(8, sizes.obs_dim)
+        # a margin is a number, or one for each row
+        answer = cost(obs, torch.zeros(8, sizes.act_dim), obs, torch.full((8,), 0.1))
+        if answer.shape != (8,) or not set(answer.tolist()) <= {0, 1}:
+            raise ValueError("it does not answer 0. or 1. for each row of a batch")
+    except Exception as error:  # noqa: BLE001 (whatever a predicate raises)
+        raise CostError(f"the predicate {found} fails: {type(error).__name__}: {error}") from None
+    cost.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return cost
 
 
-def compile_cost(text, name, data=None):
-    """A predicate's source, which may be a stranger's -> the callable that load_cost describes.
-
-    Nothing of it runs before its syntax tree has passed a whitelist; then it has to give 0 or 1 for each row, the same
-    twice, monotone in the margin, on made-up steps and on `data`, recorded (obs, action, next_obs). Raises CostError.
-    A call costs some milliseconds beside its tensor work, so large batches are cheap and small ones are not."""
-    return language.compile_cost(text, get_task(name), data)
+@torch.no_grad()
+def judge(cost, task, state, action, following, margin):
+    """A predicate on states: (..., S), decided actions (..., A), (..., S) -> (...) of 0. and 1."""
+    action = action * torch.as_tensor(task.full, device=action.device)  # as the simulator gets it
+    return cost(decode(state, task), action, decode(following, task), margin)
 
 
-def prompt(name):
-    """What a language model is told of a task: llm_costs/PROMPT.md with the knowledge that applies, as text."""
-    return language.prompt(get_task(name))
+def conservative_cost(agent, state, action, following):
+    """c^(s, a) = max over elites of cost(s, a, s'_i, margin): (B, S), (B, A), (E, B, S) -> (B,)."""
+    state, action = (x.expand(*following.shape[:-1], -1) for x in (state, action))
+    return judge(agent.cost, agent.task, state, action, following, agent.margin).amax(0)
 
 
-def write_cost(name, url, model, key=None, attempts=3, out_dir=None, data=None):
-    """Has a language model write a task's predicate: asks the OpenAI-compatible endpoint at url, checks the reply, says
-    what was wrong and asks again, and caches the first reply that passes. `data`, (obs, action, next_obs) of recorded
-    safe steps, may be flagged to 1%. -> the path. Raises CostError, and ProcoError where nobody answers."""
-    return language.write_cost(get_task(name), url, model, key, attempts, out_dir, data)
-
-
-def danger_distance(cost, obs, action, next_obs, top=1.0):
-    """How far next_obs is from danger, in the constraint's own unit (m, m/s): the smallest margin at which the
-    predicate calls it unsafe, by bisection. 0 within danger, `top` for all that is farther. -> (B,)"""
-    low, high = torch.zeros_like(next_obs[..., 0]), torch.full_like(next_obs[..., 0], top)
-    inside = cost(obs, action, next_obs, 0.0) > 0
+def danger_distance(cost, task, state, action, following):
+    """Distance of s' to danger, m or m/s, in [0, 1]: the least margin that makes it unsafe,
+    (B,)."""
+    low = torch.zeros_like(following[..., 0])
+    high = torch.ones_like(low)
+    inside = judge(cost, task, state, action, following, 0.0) > 0
     for _ in range(8):
         middle = (low + high) / 2
-        unsafe = cost(obs, action, next_obs, middle) > 0
-        low, high = torch.where(unsafe, low, middle), torch.where(unsafe, middle, high)
+        unsafe = judge(cost, task, state, action, following, middle) > 0
+        low = torch.where(unsafe, low, middle)
+        high = torch.where(unsafe, middle, high)
     return torch.where(inside, 0, high)
 
 
-@torch.no_grad()
-def conservative_cost(model, cost, state, action, nexts, margin):
-    """c^(s, a) = max over the elites i of cost(s, a, s'_i, margin): state (B, S), nexts (E, B, S) -> (B,) 0 or 1."""
-    task = model.task
-    return cost(decode(state, task), action, decode(nexts, task), margin).amax(0)
+def measure_distances(data, cost, task):
+    """Adds to D how far each s' is from danger: data["distance"] (B,), m or m/s."""
+    parts = zip(*(data[key].split(65_536) for key in ("state", "action", "next_state")))
+    data["distance"] = torch.cat([danger_distance(cost, task, *part) for part in parts])
 
 
-@torch.no_grad()
-def caution_shares(model, cost, state, action, margin):
-    """What makes the cost conservative: of the rows (B, S), (B, A) that it calls unsafe, the shares that only the
-    margin and only a minority of the elites call so -> (share unsafe, share by the margin, share by a minority)."""
-    obs, nexts = decode(state, model.task), decode(model.step(state, action), model.task)
-    wide, plain = (cost(obs, action, nexts, m) for m in (margin, 0.0))                            # (E, B)
-    unsafe = wide.amax(0) > 0
-    return tuple(float(x.float().mean().nan_to_num())
-                 for x in (unsafe, plain.amax(0)[unsafe] == 0, wide.mean(0)[unsafe] < 0.5))
-
-
-@torch.no_grad()
 def model_margin(model, cost, data):
-    """Twice the root mean square error of the model's distance to danger one step ahead, over held-out steps nearer
-    than 0.5 to danger, in the constraint's unit (m, m/s). # ASSUMED: two sigma, within 0.02 and 0.05."""
+    """The margin of the conservative cost: 99% of the model's errors in the distance to danger are
+    less, one step ahead on held-out steps near it. # ASSUMED: 99%; with lidars, at least 2 cm."""
     task = model.task
-    rows = (data["held_out"] & (data["danger"] < 0.5)).nonzero()[:, 0][:20_000]
-    state, action = data["state"][rows], data["action"][rows]
-    seen = danger_distance(cost, decode(state, task), action, decode(model.step(state, action)[0], task))
-    wrong = seen - data["danger"][rows]
-    # errors beyond 0.1 are objects that came into view or were drawn anew, which no margin can cover
-    wrong = wrong[wrong.abs() < 0.1]
-    return min(max(2 * float(wrong.square().mean().sqrt()), 0.02), 0.05) if len(wrong) else 0.05
+    jump = jumped(data["state"], data["next_state"], task).any(-1)
+    rows = (data["held_out"] & (data["distance"] < 0.5) & ~jump).nonzero()[:20_000, 0]
+    state, action, distance = (data[key][rows] for key in ("state", "action", "distance"))
+    guess = model.best(state, action)
+    error = (danger_distance(cost, task, state, action, guess) - distance).abs()
+    return max(float(error.quantile(0.99)) if len(rows) else 0.05, 0.02 if task.lidars else 0.0)
 
 
-# ==== 4. Counterfactual roll-outs: what did not happen ===============================================================
-# Steps 2 and 3 together make what D lacks. A roll-out that ends in a violation is an unsafe sample; the steps
-# before it that no action could have saved are infeasible ones, which look as harmless as any: step 5 tells.
+# ==== 4. Counterfactual roll-outs: what did not happen ============================================
+# Steps 2 and 3 make what D lacks. A violation is an unsafe sample; the steps before it that no
+# action could have saved are infeasible ones, which look harmless: step 5 tells.
 
-LINGER = 20     # steps that a roll-out goes on after its first violation: leaving danger must be learnt, too
-MOTION = 3      # the first sensors of a state with lidars: velocity x, y and yaw rate
-RISKY = 10      # steps before a violation that count as risky, and are drawn more often in training
+ROUNDS = 6  # of roll-outs, spread over the training
+LINGER = 20  # steps that a roll-out goes on after its first violation: leaving it is learnt, too
+RISKY = 10  # steps before a violation that are drawn more often in training
 
 
-def displaced(state, task, generator):
-    """Starts where nobody ever was: states (B, S) seen from up to 0.5 m beside, with a share of another one's motion.
+def displace(state, model, generator):
+    """Starts where nobody ever was: (B, S) -> (B, S). # ASSUMED: with lidars, the scene from up to
+    0.5 m beside, at a share of another row's motion: safe drivers are never slow and near a hazard.
+    Without, what is limited is drawn from all that the model may reach."""
+    task = model.task
+    uniform = functools.partial(torch.rand, generator=generator, device=state.device)
+    if not task.lidars:
+        drawn = model.low + (model.high - model.low) * uniform(state.shape)
+        limited = list(task.limited)
+        return state.index_copy(1, torch.tensor(limited, device=state.device), drawn[:, limited])
+    own, z = split(state, task)
+    shift = torch.polar(0.5 * uniform(len(z), 1).sqrt(), 2 * math.pi * uniform(len(z), 1))
+    z = torch.where(z.abs() < 0.999 * task.reach.to(z.device), z + shift, z)  # unseen stays unseen
+    other = torch.randperm(len(z), generator=generator, device=z.device)
+    motion = own[other, :3] * uniform(len(z), 1)  # velocity x, y and yaw rate
+    return join(torch.cat([motion, own[:, 3:]], -1), z, task)
 
-    ASSUMED. Shifting all that the agent sees is moving the agent; drivers who never come near a hazard, and never
-    slowly, leave most of what a filter must judge out of reach of a roll-out of half a second."""
-    size, count, device = len(task.sensors), len(state), state.device
-    draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
-    bearing, distance = 2 * math.pi * draw(count), 0.5 * draw(count).sqrt()
-    shift = torch.stack([bearing.cos(), bearing.sin()], -1) * distance[:, None]
-    moving = state[torch.randperm(count, generator=generator, device=device), :MOTION] * draw(count, 1)
-    xy = state[:, size:].unflatten(-1, (-1, 2)) + shift[:, None]
-    for mine, lidar in zip(object_slices(task), task.lidars):               # what was out of reach stays so
-        seen = state[:, lidar.at:lidar.at + 2 * lidar.count].unflatten(-1, (-1, 2))
-        xy[:, mine] = torch.where(seen.norm(dim=-1, keepdim=True) > 0.999 * lidar.reach, seen, xy[:, mine])
-    return nearest_first(torch.cat([moving, state[:, MOTION:size], xy.flatten(-2)], -1), task)
+
+def draw_starts(states, near, model, count, generator):
+    """Where roll-outs begin (count, S): half at recorded states, half displaced; in either half
+    every second one at a row of `near`, the quarter of D nearest to danger."""
+    number = functools.partial(torch.randint, generator=generator, device=states.device)
+    shuffle = functools.partial(torch.randperm, count, generator=generator, device=states.device)
+    rows = torch.cat(
+        [number(len(states), (count // 2,)), near[number(len(near), (count - count // 2,))]]
+    )
+    starts = states[rows[shuffle()]]
+    displaced = displace(starts[: count // 2], model, generator)
+    return torch.cat([displaced, starts[count // 2 :]])[shuffle()]
+
+
+def behave(agent, state, held, noise):
+    """What roll-outs do: state (B, S), held, noise (B, A) -> action (B, A). A fifth each: the
+    filtered policy with noise, a held random action, one that now and then changes (both in held),
+    the candidate that Q_f fears most, the one that it fears least. # FORK: or else."""
+    fifth = len(state) // 5
+    x = agent.features(state)
+    policy = agent.filter(x[:fifth]) + noise[:fifth]
+    choice = agent.candidates(x[3 * fifth :])  # (M, B, A)
+    q_f = agent.danger(x[3 * fifth :], choice)[..., 0]  # (M, B)
+    worst = pick(choice[:, :fifth], q_f[:, :fifth].argmax(0))
+    best = pick(choice[:, fifth:], q_f[:, fifth:].argmin(0))
+    return torch.cat([policy, held[fifth : 3 * fifth], worst, best]).clamp(-1, 1)
 
 
 @torch.no_grad()
-def counterfactual_rollouts(model, cost, agent, starts, cfg, margin, generator):
-    """D_cf: drives the model from starts (N, S) for cfg.horizon steps -> dict of rows state, action, next_state,
-    cost (B, k), one a step of the decision, and risky. # FORK: other behaviours go here.
-
-    Members predict with their means, one elite is drawn for each roll-out (noise on every position would make the
-    nearest of many look nearer than it is), and so is a direction of what moves by itself; the conservative cost
-    labels; cut is what lies past the model's limit of disagreement, where something would be redrawn, or LINGER steps
-    past the first violation. Five behaviours, a fifth of the roll-outs each: the policy with noise, one held random
-    action, random actions, the action that Q_f fears most, and the one it fears least."""
-    count, device = len(starts), starts.device
-    draw = lambda *shape: torch.rand(*shape, generator=generator, device=device)
-    behaviour = torch.arange(count, device=device) * 5 // count
-    member = torch.randint(len(model.elites), (count,), generator=generator, device=device)
-    parts = [(behaviour == b).nonzero()[:, 0] for b in range(5)]
-    held, noise = 2 * draw(count, model.task.act_dim) - 1, 0.5 * draw(count, 1)
-    hidden = F.normalize(torch.randn(count, model.kinds, 2, generator=generator, device=device), dim=-1)
-    state, alive, since, rows = starts, torch.ones(count, dtype=torch.bool, device=device), starts.new_zeros(count), []
-    for _ in range(max(1, cfg.horizon // model.task.repeat)):
-        renew = draw(count, 1) < 0.3                                    # random, yet not so hasty as to average out
-        held[parts[2]] = torch.where(renew, 2 * draw(*held.shape) - 1, held)[parts[2]]
-        action = held.clone()
-        policy = agent.choose(state[parts[0]], generator, 8)
-        action[parts[0]] = policy + noise[parts[0]] * torch.randn(policy.shape, generator=generator, device=device)
-        for part, sign in ((parts[3], 1), (parts[4], -1)):
-            x = agent.features(state[part])
-            options = candidate_actions(agent.propose(x), 8, generator)                           # (M, B, A)
-            best = (sign * agent.danger(x, options)[..., 0]).argmax(0)                            # (B,)
-            action[part] = options[best, torch.arange(len(part), device=device)]
-        action, begin, known, unsafe = action.clamp(-1, 1), state, alive, []
-        for _ in range(model.task.repeat):
-            nexts = model.step(state, action, hidden)                                             # (E, N, S)
-            unsafe.append(conservative_cost(model, cost, state, action, nexts, margin))
-            if len(nexts) > 1:
-                known = known & (model.disagreement(nexts) <= model.limit)
-            state = nexts[member, torch.arange(count, device=device)]
-            known = known & model.foreseen(state)
-        unsafe = torch.stack(unsafe, -1)                                                          # (N, k)
-        rows.append((begin, action, state, unsafe, known))
-        since = torch.where((unsafe > 0).any(-1) | (since > 0), since + model.task.repeat, since)
-        alive = known & (since <= LINGER)
-    state, action, following, unsafe, keep = (torch.stack(column) for column in zip(*rows))       # (H, N, .)
-    hit = (unsafe > 0).any(-1) & keep
-    ahead = RISKY // model.task.repeat
-    risky = F.max_pool1d(F.pad(hit.T[:, None].float(), (0, ahead)), ahead + 1, 1)[:, 0].T         # (H, N)
-    return dict(state=state[keep], action=action[keep], next_state=following[keep], cost=unsafe[keep],
-                risky=risky[keep] > 0)
+def roll_out(agent, starts, generator):
+    """D_cf: drives the model from starts (B, S) -> {state, action, next_state, cost (B, k), ...},
+    one elite each, by its mean: with noise on all places, the nearest looks too near. Cut is what
+    the elites disagree on, what follows an end or a redrawn goal, LINGER steps after a
+    violation."""
+    task = agent.task
+    model = agent.model
+    count = len(starts)
+    uniform = functools.partial(torch.rand, generator=generator, device=starts.device)
+    row = torch.arange(count, device=starts.device)
+    changing = (row * 5 // count == 2)[:, None]
+    member = (uniform(count) * len(model.elites)).long()
+    held = 2 * uniform(count, task.act_dim) - 1
+    loudness = 0.5 * uniform(count, 1)
+    state = starts
+    alive = torch.ones(count, dtype=torch.bool, device=starts.device)
+    since = torch.zeros(count, device=starts.device)  # steps since the first violation
+    table = []
+    for _ in range(max(1, agent.cfg.horizon // task.repeat)):
+        renew = changing & (uniform(count, 1) < 0.3)  # not so often that it averages out
+        held = torch.where(renew, 2 * uniform(count, task.act_dim) - 1, held)
+        noise = torch.randn(held.shape, generator=generator, device=held.device)
+        action = behave(agent, state, held, loudness * noise)
+        begin = state
+        known = alive
+        over = torch.zeros_like(alive)
+        costs = []
+        for _ in range(task.repeat):
+            nexts = model.step(state, action)  # (E, B, S)
+            costs.append(conservative_cost(agent, state, action, nexts) * ~over)
+            state = nexts[member, row]
+            known = known & (model.disagreement(nexts) <= model.limit) & model.foreseen(state)
+            over = over | ended(state, task)
+        costs = torch.stack(costs, -1)  # (B, k)
+        hit = (costs > 0).any(-1) & known
+        table.append((begin, action, state, costs, over.float(), hit, known))
+        since = torch.where((since > 0) | hit, since + task.repeat, since)
+        alive = known & ~over & (since <= LINGER)
+    *columns, hit, keep = (torch.stack(column) for column in zip(*table))  # (H, B, .)
+    risky = hit.clone()
+    for ahead in range(1, min(len(hit), 1 + RISKY // task.repeat)):
+        risky[:-ahead] |= hit[ahead:]
+    names = ("state", "action", "next_state", "cost", "done", "risky")
+    return {name: column[keep] for name, column in zip(names, [*columns, risky])}
 
 
-# ==== 5. Feasibility: which states and actions still allow safety ====================================================
-# V_f(s) = gamma_f^k: a violation k steps ahead that nobody can avoid any more. V_f(s) = 0: somebody can stay safe
-# for ever. Between the two lies eps; the boundary V_f = eps is what report.png draws in white.
-
-# ASSUMED: what a plan pays for leaving the cloned policy. With less an agent stands still less often, and errs more.
-PLAN_CLONE = 0.15
+# ==== 5. Feasibility: which states and actions still allow safety =================================
+# V_f(s) = gamma_f^k: a violation k steps ahead that nobody can avoid any more; V_f(s) = 0: somebody
+# can stay safe for ever. A state is feasible where V_f <= eps.
 
 
 class Agent(nn.Module):
-    """All that a run learns besides the model, and how it acts. Networks see features(state).
+    """All that a run learns, and how it acts. Networks see features(state)."""
 
-    actor        a = tanh(actor(s)), the policy's proposal             clone    the same, cloned from D, kept as it was
-    q_r          twin reward critics                                   q_r_slow their slow copy, for targets
-    q_s          twin safety critics with two outputs: Q_f, the feasibility value, and Q_c, the discounted cumulative
-                 cost (times 1 - gamma_f, so in [0, 1], too)
-    v_s          V_f and V_c, the least that an action can make of Q_f and Q_c
-    log_lam      logarithm of the multiplier lambda"""
-
-    def __init__(self, task, cfg, data=None):
+    def __init__(self, task, cfg, model=None, cost=None, margin=0.0):
         super().__init__()
-        self.task, self.eps, self.gamma = task, cfg.eps, cfg.gamma
-        self.candidates = cfg.candidates if cfg.counterfactual or cfg.algorithm == "fisor" else 0
-        size, hidden = len(task.sensors), cfg.hidden
-        sensors = data["state"][:, :size] if data else torch.ones(2, size)
-        std = sensors.std(0)
-        self.register_buffer("mean", sensors.mean(0))
-        self.register_buffer("std", torch.where(std > 1e-5, std, 1))
-        width, acts = self.features(torch.zeros(1, task.state_dim, device=sensors.device)).shape[-1], task.act_dim
-        net = lambda inputs, outputs, members=1: Mlp([inputs, hidden, hidden, outputs], members)
-        self.actor, self.clone = net(width, acts), net(width, acts)
-        self.q_r, self.q_r_slow = net(width + acts, 1, 2), net(width + acts, 1, 2)
-        self.q_s, self.v_s = net(width + acts, 2, 2), net(width, 2)
-        self.register_buffer("log_lam", torch.tensor(math.log(10.0)))
-        self.register_buffer("q_scale", torch.tensor(1.0))      # mean |Q_r| on D
-        self.look_ahead, self.model = cfg.look_ahead, None
-        self.q_r_slow.load_state_dict(self.q_r.state_dict())
-        self.clone.load_state_dict(self.actor.state_dict())
-        self.q_r_slow.requires_grad_(False)
-        self.to(sensors.device)
+        self.task = task
+        self.cfg = cfg
+        self.eps = cfg.eps
+        self.model = model
+        self.cost = cost
+        self.margin = margin
+        self.register_buffer("mean", torch.zeros(task.own_dim))  # of own fields in D
+        self.register_buffer("std", torch.ones(task.own_dim))
+        self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
+        self.register_buffer("q_scale", torch.tensor(1.0))  # mean |Q_r| on D
+        self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
+        width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
+        both = width + task.act_dim
+        self.actor = Mlp(width, cfg.hidden, task.act_dim)  # a = tanh(net(x))
+        self.clone = copy.deepcopy(self.actor)  # the cloned policy, as it was
+        self.q_r = Mlp(both, cfg.hidden, 1, 2)  # twin reward critics
+        self.q_r_slow = copy.deepcopy(self.q_r).requires_grad_(False)  # for targets
+        self.q_s = Mlp(both, cfg.hidden, 2, 2)  # twins of (Q_f, Q_c), both in [0, 1]
+        self.v_s = Mlp(width, cfg.hidden, 2)  # the least an action makes of them
 
     def features(self, state):
-        """What networks are fed: sensors standardised; of each object its position, its distance, and how close
-        it is on scales of 30 and 10 cm (a danger is 20 cm wide); for the circle, where the agent is in the world.
-        (..., S) -> (..., F)"""
-        size = len(self.task.sensors)
-        parts = [(state[..., :size] - self.mean) / self.std]
-        if self.task.lidars:
-            xy = state[..., size:].unflatten(-1, (-1, 2))
-            distance = xy.norm(dim=-1)
-            parts += [xy.flatten(-2), distance, 2 * torch.exp(-3 * distance), 8 * torch.exp(-10 * distance)]
-            if self.task.lidars[0].name == "circle":                    # compass = -0.5 (sin yaw, cos yaw)
-                sin, cos, x, y = -2 * state[..., 3], -2 * state[..., 4], -xy[..., 0, 0], -xy[..., 0, 1]
-                parts.append(torch.stack([cos * x - sin * y, sin * x + cos * y], -1))
+        """What networks see: (..., S) -> (..., F), with each thing's distance, and how near it
+        is."""
+        own, z = split(state, self.task)
+        if self.task.moving:  # the goal's own button is no danger: it is moved out of sight
+            mine = (z[..., :4] - z[..., self.task.things("goal")]).abs() < 0.2
+            z = torch.cat([torch.where(mine, 3.0, z[..., :4]), z[..., 4:]], -1)
+        distance = z.abs()
+        parts = [(own - self.mean) / self.std, torch.view_as_real(z).flatten(-2), distance]
+        parts += [2 * torch.exp(-3 * distance), 8 * torch.exp(-10 * distance)]
+        if self.task.things("circle"):  # the compass turns what is seen into the world
+            place = 2 * z[..., 0] * torch.complex(own[..., 4], own[..., 3])
+            parts.append(torch.view_as_real(place))
         return torch.cat(parts, -1)
 
     def propose(self, x):
-        """The bare actor: x (B, F), features of states -> (B, A) in [-1, 1]."""
+        """The bare actor: x (B, F) -> (B, A) in [-1, 1]."""
         return torch.tanh(self.actor(x)[0])
 
+    def imitate(self, x):
+        """The cloned policy: x (B, F) -> (B, A) in [-1, 1]."""
+        return torch.tanh(self.clone(x)[0])
+
     def danger(self, x, actions):
-        """The graver of the twins' Q_f and Q_c: x (B, F), actions (..., B, A) -> (..., B, 2)."""
-        inputs = torch.cat([x.expand(*actions.shape[:-1], x.shape[-1]), actions], -1)
+        """The worse of the twins' Q_f and Q_c: x (B, F), actions (..., B, A) -> (..., B, 2)."""
+        inputs = torch.cat([x.expand(*actions.shape[:-1], -1), actions], -1)
         return self.q_s(inputs.flatten(0, -2)).amax(0).unflatten(0, inputs.shape[:-1])
 
-    def choose(self, state, generator=None, count=None):
-        """The policy with its feasibility filter: state (B, S) -> (B, A).
-
-        Like FISOR, which takes the safest of 16 sampled actions, the actor proposes and Q_f chooses: of `count`
-        candidates the nearest to the proposal among those with Q_f <= eps; if there is none, that with the least Q_c.
-        Choosing by Q_r instead finds its errors: it fell from 48 to 15 on PointCircle1."""
-        x, count = self.features(state), self.candidates if count is None else count
-        return self.filtered(x, generator, count)[0] if count else self.propose(x)
-
-    def filtered(self, x, generator=None, count=None):
-        """choose() on features x (B, F) -> its action (B, A), the candidates (M, B, A), which are feasible (M, B)."""
-        generator, proposal = generator or torch.Generator(x.device).manual_seed(0), self.propose(x)
-        options = candidate_actions(proposal, count or self.candidates, generator)                # (M, B, A)
-        q_f, q_c = self.danger(x, options).unbind(-1)                                             # (M, B)
-        away, feasible = (options - proposal).square().sum(-1), q_f <= self.eps
-        best = torch.where(feasible.any(0), torch.where(feasible, away, math.inf).argmin(0), q_c.argmin(0))
-        return options[best, torch.arange(len(x), device=x.device)], options, feasible
-
-    def imagine(self, model, state):
-        """The policy with look-ahead: state (B, S) -> (B, A).
-
-        Each of the filter's candidates begins two plans or three: held throughout; held for a drawn number of
-        decisions, after which the actor drives; and, every second one, followed by another drawn action. The best model
-        drives all. Ruled out is what Q_f calls infeasible at its beginning or V_f on its way; of the others the best by
-
-            gamma^t Q_r(end) / |Q_r| - PLAN_CLONE sum over its decisions of gamma^t (a - clone(s))^2
-
-        is begun: TD3+BC's objective, for plans. Where none is left, choose() decides.
-        # DEVIATION: PROCO's policy does not plan. But steering around a hazard is no smooth function of one
-        observation: clones and actors of ours drove over hazards or, filtered, came to rest before them (README)."""
-        generator, x = torch.Generator(state.device).manual_seed(0), self.features(state)
-        draw = lambda *shape: torch.rand(*shape, generator=generator, device=state.device)
-        chosen, options, feasible = self.filtered(x, generator)
-        hope = feasible.any(0).nonzero()[:, 0]          # where nothing is feasible there is nothing to plan
-        if not len(hope):
-            return chosen
-        state, x, options, feasible = state[hope], x[hope], options[:, hope], feasible[:, hope]
-        count, size, last = len(options), options.shape[-1], self.look_ahead
-        # half of the numbers are -1, 0 or 1: straight on and full speed, which agents often want, are drawn at all
-        second = torch.where(draw(count, size) < 0.5, 2 * draw(count, size) - 1, (3 * draw(count, size)).floor() - 1)
-        leave = 2 + (draw(2, count) * (last - 2)).long()                # when the actor, when the second action sets in
-        leave[1, ::2] = 0                               # never
-        begun, who = feasible.nonzero(as_tuple=True)    # a row a plan: how it begins and whose it is
-        # kind: 0, the first action is held; 1, the actor drives; 2, the second action
-        kind, action, here, x = torch.zeros_like(begun), options[begun, who], state[who], x[who]
-        alive, away, weight, discount = kind == 0, 0, torch.ones_like(x[:, 0]), self.gamma ** self.task.repeat
-        for t in range(last):
-            driven = (kind == 1).nonzero()[:, 0]
-            action[driven] = self.propose(x[driven])
-            away = away + weight * (action - torch.tanh(self.clone(x)[0])).square().mean(-1)
-            there = model.hold(here, action, self.task.repeat)
-            alive = alive & model.foreseen(there)               # what comes where a goal is redrawn, Q_r knows from D
-            x_there = self.features(there)
-            here, x = (torch.where(alive[:, None], *pair) for pair in ((there, here), (x_there, x)))
-            weight = torch.where(alive, weight * discount, weight)
-            keep = (~alive | (self.v_s(x_there)[0, :, 0] <= self.eps)).nonzero()[:, 0]
-            # plans that begin alike are driven as one until they part
-            part = [keep[(kind[keep] == 0) & (leave[n, begun[keep]] == t + 1)] for n in (0, 1)]
-            rows = torch.cat([keep, *part])
-            kind, begun, who, here, x, action, alive, away, weight = (
-                v[rows] for v in (kind, begun, who, here, x, action, alive, away, weight))
-            kind[len(keep):] = 1
-            kind[len(rows) - len(part[1]):] = 2
-            action = torch.where(kind[:, None] == 2, second[begun], action)
-        worth = self.q_r(torch.cat([x, self.propose(x)], -1)).amin(0)[:, 0]
-        score = x.new_full((3, *feasible.shape), -math.inf)
-        score[kind, begun, who] = weight * worth / self.q_scale - PLAN_CLONE * away
-        score, best = score.flatten(0, 1).max(0)
-        planned = options[best % count, torch.arange(len(hope), device=state.device)]
-        chosen[hope] = torch.where(score[:, None] > -math.inf, planned, chosen[hope])
-        return chosen
-
-    @property
-    def plans(self):
-        """Whether acting looks ahead: with a model, decisions to look, and candidates."""
-        return bool(self.model is not None and self.look_ahead and self.candidates)
-
-    def _state(self, obs):
-        return torch.as_tensor(encode(np.asarray(obs), self.task), device=self.mean.device)
-
     @torch.inference_mode()
-    def act(self, obs, held=None):
-        """Actions for observations: obs (B, O) -> (B, A), a float32 array in [-1, 1]. held (B, A): the decisions under
-        way, which stay where Q_f still calls them feasible; a decision is meant for task.repeat steps."""
-        state, decide = self._state(obs), functools.partial(self.imagine, self.model) if self.plans else self.choose
-        if held is None:
-            return decide(state).cpu().numpy()
-        action = torch.as_tensor(held, device=state.device).clone()
-        revise = self.danger(self.features(state), action)[:, 0] > self.eps
-        if revise.any():
-            action[revise] = decide(state[revise])
-        return action.cpu().numpy()
+    def feasibility(self, state):
+        """V_f of states: (B, S) -> array (B,) in [0, 1]; feasible where it is <= self.eps."""
+        state = torch.as_tensor(state, device=self.mean.device)
+        return self.v_s(self.features(state))[0, :, 0].clamp(0, 1).cpu().numpy()
 
-    @torch.inference_mode()
-    def feasibility(self, obs):
-        """V_f of observations: obs (B, O) -> (B,) in [0, 1], a float32 array; feasible where it is <= self.eps."""
-        return self.v_s(self.features(self._state(obs)))[0, :, 0].clamp(0, 1).cpu().numpy()
+    def candidates(self, x):
+        """The actions that acting chooses from, a fixed list: x (B, F) -> (M, B, A)."""
+        return torch.cat([around(self.propose(x), self.task), self.imitate(x)[None]])
 
+    def filter(self, x):
+        """Of the candidates the nearest to the proposal with Q_f <= eps, else the least Q_c."""
+        choice = self.candidates(x)
+        q_f, q_c = self.danger(x, choice).unbind(-1)  # (M, B)
+        away = (choice - self.propose(x)).square().sum(-1)
+        away = torch.where(q_f <= self.eps, away, math.inf)
+        best = torch.where(away.amin(0) < math.inf, away.argmin(0), q_c.argmin(0))
+        return pick(choice, best)
 
-def candidate_actions(proposal, count, generator):
-    """Actions to choose from: proposal (B, A) -> (M, B, A). The proposal, the corners of the action box (bang-bang
-    agents need little else), noisy copies of the proposal and random actions, half each."""
-    size, device = proposal.shape[-1], proposal.device
-    corners = torch.cartesian_prod(*[torch.arange(-1.0, 2, 2, device=device)] * size).view(-1, size) if size <= 2 \
-        else torch.randint(0, 2, (4, size), generator=generator, device=device) * 2.0 - 1
-    rest = max(0, count - 1 - len(corners))
-    noise = torch.randn(rest // 2, 1, size, generator=generator, device=device)
-    fresh = torch.rand(rest - rest // 2, size, generator=generator, device=device) * 2 - 1
-    shared = torch.cat([corners, fresh])[:, None].expand(-1, *proposal.shape)
-    return torch.cat([proposal[None], (proposal + 0.4 * noise).clamp(-1, 1), shared])
+    def start(self, seeds, acting="auto"):
+        """A Policy for a batch of episodes, one for each seed, acting in one of `ways`."""
+        return Policy(self, acting)
 
 
-def feasibility_loss(agent, x, action, next_x, cost, gamma_f, generator):
-    """How far Q and V are from what they should be, on rows of D and D_cf: x, next_x (B, F), action (B, A) and the cost
-    (B, k) of the k steps which the decision lasts. # FORK: other safety critics go here.
+def around(proposal, task, levels=(-1.0, 0.0, 1.0)):
+    """A fixed list of actions, the proposal first: (B, A) -> (M, B, A). Up to two numbers: the grid
+    of levels, without 0 where all forces are clamped (no wheels off in D); more: one changed by
+    0.5."""
+    if task.act_dim > 2:
+        change = 0.5 * torch.eye(task.act_dim, device=proposal.device)
+        grid = (proposal + torch.cat([change, -change])[:, None]).clamp(-1, 1)  # (2 A, B, A)
+    else:
+        levels = (-1.0, 1.0) if (task.full < 1).all() else levels
+        axis = torch.tensor(levels, device=proposal.device)
+        grid = torch.cartesian_prod(*[axis] * task.act_dim).view(-1, 1, task.act_dim)
+    return torch.cat([proposal[None], grid.expand(-1, *proposal.shape)])
 
-        V(s')     <- min over candidates a' of Q(s', a')
-        Q_f(s, a) <- max(max_j gamma_f^j c^_j, gamma_f^k V_f(s'))         (Fisac et al. 2019; Zheng et al. 2024)
-        Q_c(s, a) <- (1 - gamma_f) sum_j gamma_f^j c^_j + gamma_f^k V_c(s')
 
-    where Q learns from the minimum itself, not from the network V, which lags behind it and is for acting and reports.
+def pick(choice, index):
+    """One of M for each row: choice (M, B, A), index (B,) -> (B, A)."""
+    return choice[index, torch.arange(len(index), device=index.device)]
 
-    For k = 1 and c^ of 0 or 1 the first is FISOR's (1 - gamma_f) c^ + gamma_f max(c^, V_f(s')). Outputs are linear and
-    targets clamped to [0, 1]: a sigmoid that starts low hardly ever rises.
-    # DEVIATION: V takes the minimum over actions sampled in the whole box instead of FISOR's low expectile over the
-    actions in the data. D_cf holds actions of all kinds, so Q is known over the box; and where one action in four saves
-    a state, the 0.1-expectile still stands at a quarter of the doomed value, at every step anew."""
+
+def feasibility_loss(agent, rows):
+    """How far Q_f, Q_c and V are from what they should be, on D and D_cf. # FORK: or others.
+
+        V(s')     <- min of Q(s', a') over a', the actor's and the corners of the action box
+                     (of more than two numbers: the actor's and it with one changed by 0.5)
+        Q_f(s, a) <- max(max_j gamma_f^j c^_j, gamma_f^k (1 - end) V_f(s'))
+        Q_c(s, a) <- (1 - gamma_f) sum_j gamma_f^j c^_j + gamma_f^k (1 - end) V_c(s')
+
+    (Fisac et al. 2019; Zheng et al. 2024.) # DEVIATION: FISOR's V is a low expectile over actions
+    in the data; D_cf holds all kinds of them, so Q is known over the box. Outputs are linear and
+    targets clamped to [0, 1]: a sigmoid that starts low hardly ever rises."""
+    gamma_f = agent.cfg.gamma_f
     with torch.no_grad():
-        weight = gamma_f ** torch.arange(cost.shape[-1], device=cost.device)                      # (k,)
-        now = torch.stack([(weight * cost).amax(-1), (1 - gamma_f) * (weight * cost).sum(-1)], -1)
-        options = candidate_actions(agent.propose(next_x), 5, generator)
-        least = agent.danger(next_x, options).amin(0).clamp(0, 1)                                 # (B, 2)
-        later = gamma_f ** cost.shape[-1] * least
-        target = torch.stack([torch.maximum(now[:, 0], later[:, 0]), now[:, 1] + later[:, 1]], -1)    # (B, 2)
-    q = agent.q_s(torch.cat([x, action], -1))                                                     # (2, B, 2)
-    v = agent.v_s(next_x)[0]
-    return (q - target).square().mean() * 2 + (v - least).square().mean()
+        k = rows["cost"].shape[-1]
+        cost = gamma_f ** torch.arange(k, device=rows["cost"].device) * rows["cost"]
+        corners = around(agent.propose(rows["next_x"]), agent.task, (-1.0, 1.0))  # (M, B, A)
+        least = agent.danger(rows["next_x"], corners).amin(0).clamp(0, 1)  # (B, 2)
+        later = gamma_f**k * (1 - rows["done"][:, None]) * least  # what has ended violates nothing
+        q_f = torch.maximum(cost.amax(-1), later[:, 0])
+        q_c = (1 - gamma_f) * cost.sum(-1) + later[:, 1]
+        target = torch.stack([q_f, q_c], -1)
+    q = agent.q_s(torch.cat([rows["x"], rows["action"]], -1))  # (2, B, 2)
+    v = agent.v_s(rows["next_x"])[0]
+    return 2 * (q - target).square().mean() + (v - least).square().mean()
 
 
-# ==== 6. Policy: an offline algorithm, on D and, with PROCO, on D_cf ==================================================
-# All algorithms share networks, data and updates, and differ in one function: lagrangian_loss, fisor_loss,
-# cpq_loss. Each runs on D alone, or with PROCO under it on D and D_cf, which with_counterfactuals joins.
+# ==== 6. Policy: an offline algorithm, on D and, with PROCO, on D_cf ==============================
+# All algorithms share networks, data, decisions, updates and schedules; they differ in one loss.
 
-CPQ_LIMIT = 0.1     # ASSUMED: Q_c, in [0, 1], above which CPQ calls an action unsafe: a tenth of its future in danger
+CPQ_LIMIT = 0.1  # ASSUMED: Q_c above which CPQ calls an action unsafe
 
 
 def with_counterfactuals(d, cf):
-    """What PROCO adds to an algorithm, all in one place: beside rows of D, rows of D_cf with the conservative cost.
-
-    d, cf: dicts of x, action, next_x, cost (B, .), cf with driver (B, A), too; cf None for an algorithm alone. -> the
-    same rows with driver, what somebody sensible did there, and trust (B,), how far to follow that. On D_cf, where
-    nobody drove, the cloned policy stands in at half the weight (ASSUMED). Without it the actor follows Q_r's errors
-    where there is no record: PointCircle1 fell from 48 to 32."""
-    rows = dict(d, driver=d["action"], trust=torch.ones_like(d["action"][:, 0]))
+    """What PROCO adds to an algorithm, all of it: beside rows of D, rows of D_cf. They get driver,
+    whom to follow, and trust, how far: where nobody drove, the clone, at half the weight.
+    # ASSUMED: else the actor follows Q_r's errors, and PointCircle1 fell from 48 to 32."""
+    rows = d | {"driver": d["action"], "trust": torch.ones_like(d["done"])}
     if cf is None:
         return rows
-    cf = dict(cf, trust=torch.full_like(cf["action"][:, 0], 0.5))
+    cf = cf | {"trust": torch.full_like(cf["done"], 0.5)}
     return {key: torch.cat([rows[key], cf[key]]) for key in cf}
 
 
-def reward_critic_loss(agent, x, action, reward, next_x, done, gamma, generator, limit=None):
-    """TD3's twin critics (Fujimoto et al. 2018) on D, with smoothed target actions; reward and done (B,). CPQ (Xu et
-    al. 2022) counts what follows only where the next action's Q_c is within a limit. # DEVIATION: the actor has no slow
-    copy, as cloning holds it still."""
+def reward_critic_loss(agent, d, generator):
+    """TD3's twin critics (Fujimoto et al. 2018) on rows of D, with smoothed target actions; CPQ
+    counts what follows only where the next action's Q_c is within its limit (Xu et al. 2022).
+    # DEVIATION: the actor has no slow copy, since cloning holds it still."""
+    gamma = agent.cfg.gamma**agent.task.repeat
     with torch.no_grad():
-        noise = 0.2 * torch.randn(action.shape, generator=generator, device=action.device)
-        following = ((proposal := agent.propose(next_x)) + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
-        worst = agent.q_r_slow(torch.cat([next_x, following], -1)).amin(0)[:, 0]
-        if limit is not None:
-            worst = worst * (agent.danger(next_x, proposal)[..., 1] <= limit)
-        target = reward + gamma * (1 - done) * worst
-    return (agent.q_r(torch.cat([x, action], -1))[..., 0] - target).square().mean() * 2
+        proposal = agent.propose(d["next_x"])
+        noise = 0.2 * torch.randn(proposal.shape, generator=generator, device=proposal.device)
+        following = (proposal + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
+        worth = agent.q_r_slow(torch.cat([d["next_x"], following], -1)).amin(0)[:, 0]
+        if agent.cfg.algorithm == "cpq":
+            worth = worth * (agent.danger(d["next_x"], proposal)[:, 1] <= CPQ_LIMIT)
+        target = d["reward"] + gamma * (1 - d["done"]) * worth
+        # What a decision is worth in which a goal is reached and redrawn: a plan ends there.
+        gap = (target - agent.reached) * d["anew"]
+        agent.reached += 0.01 * gap.sum() / d["anew"].sum().clamp(min=1)
+    q_r = agent.q_r(torch.cat([d["x"], d["action"]], -1))[..., 0]  # (2, B)
+    return 2 * (q_r - target).square().mean()
 
 
-def penalty(agent, x, driver, generator):
-    """CPQ's penalised cost critic: Q_c of actions that nobody takes is pushed up. # DEVIATION: far from the driver's
-    action is what CPQ measures with a variational auto-encoder. Nearer than 1 lie actions that drivers take in the same
-    place: with 0.5 Q_c called a fifth of D unsafe, and the reward critics' targets jumped (loss 60 instead of 1.5)."""
-    action = 2 * torch.rand(driver.shape, generator=generator, device=driver.device) - 1
-    unusual = ((action - driver).square().mean(-1) > 1).float()
-    q_c = agent.q_s(torch.cat([x, action], -1))[..., 1]                                           # (2, B)
-    return 0.1 * (unusual * (1 - q_c).clamp(min=0)).mean()
-
-
-def actor_loss(agent, rows, cfg):
-    """The actor's loss of an algorithm -> (loss, mean violation of the Lagrangian's constraint or None). rows:
-    with_counterfactuals'. The functions below get x (B, F), the actor's actions pi (B, A), TD3+BC's loss gain
-    (B,) and its cloning term clone (B,). # FORK: another algorithm is another function here."""
+def actor_loss(agent, rows):
+    """The actor's loss -> (loss, mean violation of the Lagrangian's constraint). # FORK: an
+    algorithm is a function of pi (B, A), the actor's actions; td3bc (B,), the loss of TD3+BC
+    (Fujimoto and Gu 2021); and clone (B,), its cloning term."""
+    cfg = agent.cfg
     x = rows["x"]
     pi = agent.propose(x)
-    q_r = agent.q_r(torch.cat([x, pi], -1), slice(1)).flatten()                                   # the first twin's
+    clone = rows["trust"] * (pi - rows["driver"]).square().mean(-1)
+    if cfg.algorithm == "bc":
+        return clone.mean(), None
+    q_r = agent.q_r(torch.cat([x, pi], -1), slice(1))[0, :, 0]  # the first twin's
     on_d = (rows["trust"] == 1).float()
     agent.q_scale.copy_((on_d @ q_r.detach().abs() / on_d.sum()).clamp(min=1e-6))
-    clone = rows["trust"] * (pi - rows["driver"]).square().mean(-1)
-    gain = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone                                       # TD3+BC
+    td3bc = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone
     if cfg.algorithm == "td3bc":
-        return gain.mean(), None
+        return td3bc.mean(), None
     if cfg.algorithm == "fisor":
-        return fisor_loss(agent, rows, pi, clone)
+        return fisor_loss(agent, rows, pi, clone), None
     if cfg.algorithm == "cpq":
-        return cpq_loss(agent, x, pi, gain, clone, cfg)
-    return lagrangian_loss(agent, x, pi, gain)
+        return cpq_loss(agent, x, pi, td3bc, clone), None
+    return lagrangian_loss(agent, x, pi, td3bc)
 
 
-def lagrangian_loss(agent, x, pi, gain):
-    """Lagrangian TD3+BC (Fujimoto and Gu 2021).
+def lagrangian_loss(agent, x, pi, td3bc):
+    """Lagrangian TD3+BC -> (loss, mean violation).
 
-        feasible states:    - Q_r / |Q_r| + bc_weight (pi - a)^2 + lam max(Q_f(s, pi) - eps, 0)
+        feasible states:    -Q_r / |Q_r| + (pi - a)^2 + lambda max(Q_f(s, pi) - eps, 0)
         infeasible states:  Q_c(s, pi), the way back
 
-    # DEVIATION: the constraint is a hinge. With Q_f - eps itself, the many states that satisfy it pay for the few that
-    break it: lambda fell to zero and the bare actor crashed."""
+    # DEVIATION: the constraint is a hinge. With Q_f - eps itself the many states that satisfy it
+    pay for the few that break it, and lambda fell to zero."""
     q_f, q_c = agent.q_s(torch.cat([x, pi], -1)).amax(0).unbind(-1)
-    feasible = (agent.v_s(x)[0, :, 0] <= agent.eps).detach()
+    feasible = agent.v_s(x)[0, :, 0].detach() <= agent.eps
     violation = (q_f - agent.eps).clamp(min=0)
-    loss = torch.where(feasible, gain + agent.log_lam.exp().detach() * violation, 20 * q_c).mean()
+    loss = torch.where(feasible, td3bc + agent.log_lam.exp() * violation, 20 * q_c).mean()
     return loss, (violation.detach() * feasible).sum() / feasible.sum().clamp(min=1)
+
+
+def dual_step(agent, violation, tolerance=0.003):
+    """Dual ascent: lambda, in [0.1, 100], rises while the mean violation is above the tolerance."""
+    agent.log_lam += 0.3 * (violation - tolerance).clamp(-0.003, 0.03)
+    agent.log_lam.clamp_(math.log(0.1), math.log(100))
 
 
 def fisor_loss(agent, rows, pi, clone):
     """FISOR (Zheng et al. 2024): regression on actions weighted by exp of their advantage.
 
-        feasible states:    exp(3 A_r / |Q_r|) 1[Q_f(s, a) <= eps] (pi - a)^2,    A_r = Q_r(s, a) - Q_r(s, pi)
-        infeasible states:  exp(20 (V_c(s) - Q_c(s, a))) (pi - a)^2
+        feasible:    exp(3 A_r) 1[Q_f(s, a) <= eps] (pi - a)^2, A_r = (Q_r(a) - Q_r(pi)) / |Q_r|
+        infeasible:  exp(20 (V_c(s) - Q_c(s, a))) (pi - a)^2
 
-    # DEVIATION: a deterministic actor instead of a diffusion model, A_r against the policy instead of an expectile."""
+    # DEVIATION: a deterministic actor for a diffusion model, A_r against it for an expectile."""
     with torch.no_grad():
         x = rows["x"]
         driven = torch.cat([x, rows["driver"]], -1)
-        better = agent.q_r(driven).amin(0)[:, 0] - agent.q_r(torch.cat([x, pi], -1)).amin(0)[:, 0]
-        weight = (3 * better / agent.q_scale).exp().clamp(max=20) * (agent.q_s(driven).amax(0)[:, 0] <= agent.eps)
+        worth = agent.q_r(torch.cat([x, pi], -1)).amin(0)[:, 0]
+        better = (agent.q_r(driven).amin(0)[:, 0] - worth) / agent.q_scale
+        allowed = agent.q_s(driven).amax(0)[:, 0] <= agent.eps
         v_f, v_c = agent.v_s(x)[0].unbind(-1)
-        back = (20 * (v_c - agent.q_s(torch.cat([x, rows["action"]], -1)).amax(0)[:, 1])).exp().clamp(max=20)
-    return torch.where(v_f <= agent.eps, weight * clone, back * (pi - rows["action"]).square().mean(-1)).mean(), None
+        back = (20 * (v_c - agent.danger(x, rows["action"])[:, 1])).exp().clamp(max=20)
+    forth = (3 * better).exp().clamp(max=20) * allowed * clone
+    back = back * (pi - rows["action"]).square().mean(-1)
+    return torch.where(v_f <= agent.eps, forth, back).mean()
 
 
-def cpq_loss(agent, x, pi, gain, clone, cfg):
-    """CPQ (Xu et al. 2022): - 1[Q_c(s, pi) <= limit] Q_r / |Q_r|. # DEVIATION: with the cloning term of TD3+BC, as a
-    deterministic actor without it leaves the data at once."""
-    allowed = agent.q_s(torch.cat([x, pi], -1)).amax(0)[:, 1].detach() <= CPQ_LIMIT
-    return torch.where(allowed, gain, 2 * cfg.bc_weight * clone).mean(), None
+def cpq_loss(agent, x, pi, td3bc, clone):
+    """CPQ (Xu et al. 2022): reward only where Q_c(s, pi) is within the limit. # DEVIATION: with the
+    cloning term of TD3+BC; without it a deterministic actor leaves the data at once."""
+    allowed = agent.danger(x, pi)[:, 1].detach() <= CPQ_LIMIT
+    return torch.where(allowed, td3bc, 2 * agent.cfg.bc_weight * clone).mean()
 
 
-def dual_step(agent, violation, tolerance=0.003):
-    """Dual ascent: lambda rises while the mean of max(Q_f(s, pi) - eps, 0) over feasible states is above the
-    tolerance, and falls below it; within [0.1, 100]. violation: a number, as a tensor."""
-    with torch.no_grad():
-        agent.log_lam += 0.3 * (violation - tolerance).clamp(-0.003, 0.03)
-        agent.log_lam.clamp_(math.log(0.1), math.log(100))
+def cpq_penalty(agent, d, generator):
+    """CPQ pushes up Q_c of actions that nobody takes. # DEVIATION: it measures that by an
+    auto-encoder, we by distance: nearer than 1 lie actions that drivers take in the same place."""
+    drawn = torch.rand(d["action"].shape, generator=generator, device=d["action"].device)
+    action = 2 * drawn - 1
+    unusual = ((action - d["action"]).square().mean(-1) > 1).float()
+    q_c = agent.q_s(torch.cat([d["x"], action], -1))[..., 1]  # (2, B)
+    return 0.1 * (unusual * (1 - q_c).clamp(min=0)).mean()
 
 
-# ==== 7. Evaluation in the simulator =================================================================================
-# The last weights, never the best ones; the same episode seeds for every method; the model's world is not trusted.
+# ==== 7. Acting: actor, filter or plan ============================================================
+
+HOLD = (1, 3, 5, 8)  # decisions for which a plan holds its first action; then the actor drives
+LOOK_AHEAD = 16  # decisions that a plan lasts: with 8, agents wait before what they must go around
+PRICE = 100.0  # of an unsafe state on a plan's way; a tenth of it for one that V_f calls infeasible
 
 
-def drive(agent, name, seeds, act=None, bar=None):
-    """Episodes with the given seeds, in lockstep so that the agent sees a batch -> for each its seed, ret, cost,
-    length, obs (T, O), actions (T, A), costs (T,), path (T, 2) and dangers (N, 3)."""
-    envs = [make_env.__wrapped__(name) for _ in seeds]
-    obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
-    rows = [SimpleNamespace(seed=int(seed), ret=0.0, cost=0.0, length=0, obs=[], costs=[], actions=[], path=[],
-                            dangers=dangers(env)) for seed, env in zip(seeds, envs)]
-    # DEVIATION: with look-ahead an action is a decision, kept for as long as decisions last in training unless Q_f
-    # revises it. Deciding anew at each step, an agent changes its mind: PointGoal1 fell from 21.1 to 15.5 (cost 0).
-    every = agent.task.repeat if act is None and agent.plans else 1
-    alive = list(range(len(envs)))
-    while alive:
-        held, going = [np.stack([rows[i].actions[-1] for i in alive])] if rows[alive[0]].length % every else [], []
-        if bar:
+def ways(task, cfg):
+    """The ways in which an agent can act, the default one last."""
+    if cfg.counterfactual and task.lidars:
+        return ["clone", "actor", "filter", "plan"]
+    # A run (velocity) is no matter of places: held actions leave the record at once, so no plan.
+    safe = cfg.counterfactual or cfg.algorithm == "fisor"
+    return ["clone", "actor", "filter"] if safe else ["clone", "actor"]
+
+
+def in_full(action, task):
+    """The sign of forces that are clamped, (B, A) -> (B, A): between left and right a clone is near
+    0, and a plan that is paid for being near 0 stands still."""
+    clamped = torch.as_tensor(task.full < 1, device=action.device)
+    return torch.where(clamped, 1 - 2.0 * (action < 0), action)
+
+
+@torch.no_grad()
+def plan(agent, state):
+    """The policy with look-ahead: state (B, S) -> (B, A), the first action of the plan with most
+
+        sum over t of  -gamma^kt plan_clone (a - clone)^2 - 100 * 0.9^t (c^ + 0.1 [V_f > eps])
+        + gamma^kT Q_r(s_T) / |Q_r|, or, where a goal is reached, what that is worth
+
+    # DEVIATION: PROCO does not plan. But steering around a hazard is no smooth function of a state:
+    actors of ours drove over hazards or, filtered, came to rest before them."""
+    task = agent.task
+    cfg = agent.cfg
+    model = agent.model
+    x = agent.features(state)
+    choice = agent.candidates(x)  # (M, B, A)
+    feasible = agent.danger(x, choice)[..., 0] <= agent.eps
+    feasible |= ~feasible.any(0)  # where nothing is feasible the least harm is planned for
+    copies = len(HOLD) * len(choice)
+    hold = torch.tensor(HOLD, device=x.device)[:, None].repeat_interleave(feasible.numel(), 0)
+    first = choice.flatten(0, 1).repeat(len(HOLD), 1)  # (P, A): a row a plan
+    score = torch.where(feasible, 0, -math.inf).flatten().repeat(len(HOLD))
+    here = state.repeat(copies, 1)
+    x = x.repeat(copies, 1)
+    weight = torch.ones_like(score)
+    for t in range(LOOK_AHEAD):
+        action = torch.where(t < hold, first, agent.propose(x))
+        away = (action - in_full(agent.imitate(x), task)).square().mean(-1)
+        there = model.best(here, action, task.repeat)
+        known = model.foreseen(there)
+        earned = torch.where(known, 0, agent.reached / agent.q_scale)
+        score = score + weight * (earned - cfg.plan_clone * away)
+        weight = weight * cfg.gamma**task.repeat * known  # danger counts behind a goal, too
+        x = agent.features(there)
+        unsafe = judge(agent.cost, task, here, action, there, agent.margin)
+        infeasible = agent.v_s(x)[0, :, 0] > agent.eps
+        score = score - PRICE * 0.9**t * (unsafe + 0.1 * infeasible)
+        here = there
+    worth = agent.q_r(torch.cat([x, agent.propose(x)], -1)).amin(0)[:, 0]
+    score = (score + weight * worth / agent.q_scale).view(copies, -1)
+    return pick(choice, score.argmax(0) % len(choice))
+
+
+class Policy:
+    """Who acts in a batch of episodes: remembers their last states and the decisions under way."""
+
+    def __init__(self, agent, acting="auto"):
+        known = ways(agent.task, agent.cfg)
+        self.agent = agent
+        self.acting = known[-1] if acting == "auto" else acting
+        if self.acting not in known:
+            raise ProcoError(f"this agent does not act by {acting}, but by {', '.join(known)}")
+        self.last = None  # states a step ago
+        self.age = 0  # steps
+
+    @torch.inference_mode()
+    def act(self, obs):
+        """Actions for the next step of all episodes: obs (B, O) -> array (B, A) in [-1, 1].
+        # DEVIATION: a decision lasts task.repeat steps, unless Q_f calls it infeasible meanwhile:
+        who decides anew at each step changes his mind, and PointGoal1 fell from 21 to 16."""
+        agent = self.agent
+        self.last = encode(np.asarray(obs, np.float32), agent.task, self.last)
+        state = self.last.to(agent.mean.device)
+        if self.age % agent.task.repeat == 0:
+            self.decision = self.decide(state)
+        elif self.acting in ("filter", "plan"):
+            revise = agent.danger(agent.features(state), self.decision)[:, 0] > agent.eps
+            if revise.any():
+                self.decision[revise] = self.decide(state[revise])
+        self.age += 1
+        return self.decision.cpu().numpy() * agent.task.full
+
+    def decide(self, state):
+        """A decision for each state: (B, S) -> (B, A)."""
+        agent = self.agent
+        if self.acting == "plan":
+            return plan(agent, state)
+        by = {"clone": agent.imitate, "actor": agent.propose, "filter": agent.filter}
+        return by[self.acting](agent.features(state))
+
+
+# ==== 8. Training =================================================================================
+
+Training = namedtuple("Training", "agent optimisers generator kept")  # kept: a dict of all else
+
+
+def adam(*nets, rate):
+    """Adam (Kingma and Ba 2015) for the parameters of some networks."""
+    return torch.optim.Adam([p for net in nets for p in net.parameters()], lr=rate, fused=True)
+
+
+def descend(optimiser, loss, share=1):
+    """One step of an optimiser, at a share of its rate; the loss's other networks get nothing."""
+    group = optimiser.param_groups[0]
+    group["lr"] = share * optimiser.defaults["lr"]
+    for param, gradient in zip(group["params"], torch.autograd.grad(loss, group["params"])):
+        param.grad = gradient
+    optimiser.step()
+
+
+def draw(table, count, generator, rows=None):
+    """Rows of a table at random, of all or of some: {key: (B, .)} -> {key: (count, .)}."""
+    some = next(iter(table.values())) if rows is None else rows
+    chosen = torch.randint(len(some), (count,), generator=generator, device=some.device)
+    chosen = chosen if rows is None else rows[chosen]
+    return {key: column.index_select(0, chosen) for key, column in table.items()}
+
+
+def draw_counterfactuals(agent, cf, count, generator):
+    """Rows of D_cf: half at random, half from those at or shortly before a violation."""
+    risky = cf["risky"].nonzero()[:, 0]
+    table = {key: cf[key] for key in ("state", "action", "next_state", "cost", "done")}
+    rows = draw(table, count - count // 2, generator)
+    more = draw(table, count // 2, generator, risky if len(risky) else None)
+    rows = {key: torch.cat([rows[key], more[key]]) for key in rows}
+    x = agent.features(torch.cat([rows.pop("state"), rows.pop("next_state")]))
+    rows["x"], rows["next_x"] = x.chunk(2)
+    return rows | {"driver": agent.imitate(rows["x"]).detach()}
+
+
+def training_table(data, agent):
+    """D as training draws it (anew: was a goal reached), its states, its rows nearest to danger."""
+    cfg = agent.cfg
+    d = decisions(data, agent.task, cfg.gamma, agent.margin if cfg.counterfactual else None)
+    near = d.pop("distance").argsort()[: max(1, len(d["done"]) // 4)]
+    states, following = (d.pop(key) for key in ("state", "next_state"))
+    d["reward"] = d["reward"] / d["reward"].std().clamp(min=1e-6)
+    d["anew"] = torch.zeros_like(d["reward"])
+    if cfg.counterfactual:
+        jump = jumped(states, following, agent.task, agent.task.repeat)
+        d["anew"] = (jump & (agent.model.closest.amax(-1) > 0)).any(-1).float()
+    d |= {"x": agent.features(states), "next_x": agent.features(following)}
+    return d, states, near
+
+
+def add_round(cf, states, near, agent, generator):
+    """A round of roll-outs with the present policy, added to D_cf."""
+    count = 10 * max(2, round(agent.cfg.rollouts * agent.cfg.scale / ROUNDS / 10))
+    starts = draw_starts(states, near, agent.model, count, generator)
+    new = roll_out(agent, starts, generator)
+    if not len(new["state"]):
+        raise ProcoError("no roll-out could be believed; the data are too few for a model of them")
+    unsafe = (new["cost"] > 0).any(-1).float().mean()
+    words = f"4 roll-outs: {len(new['state'])} decisions, {unsafe:.1%} of them unsafe"
+    tqdm.write(f"{words}, {new['risky'].float().mean():.1%} at most {RISKY} steps before")
+    return {key: torch.cat([cf[key], new[key]]) for key in new} if cf else new
+
+
+def update(agent, optimisers, d, cf, policy, generator, share=1):
+    """One update of the safety critics and, with policy, of all the rest -> its logs."""
+    cfg = agent.cfg
+    logs = {}
+    rows_d = draw(d, cfg.batch, generator)
+    rows_cf = draw_counterfactuals(agent, cf, cfg.batch, generator) if cf else None
+    rows = with_counterfactuals(rows_d, rows_cf)
+    # --- Safety critics: from half as many rows of D as of D_cf ---
+    if "safety" in optimisers:
+        start = cfg.batch // 2 if cf else 0
+        loss = feasibility_loss(agent, {key: rows[key][start:] for key in rows})
+        logs["feasibility_loss"] = loss.detach()
+        if cfg.algorithm == "cpq":
+            loss = loss + cpq_penalty(agent, rows_d, generator)
+        descend(optimisers["safety"], loss, share)
+    # --- Reward critics and their slow copy ---
+    if policy and "q_r" in optimisers:
+        loss = reward_critic_loss(agent, rows_d, generator)
+        descend(optimisers["q_r"], loss, share)
+        logs["reward_loss"] = loss.detach()
+        with torch.no_grad():
+            for slow, fast in zip(agent.q_r_slow.parameters(), agent.q_r.parameters()):
+                slow.lerp_(fast, 0.02)
+    # --- Actor and multiplier ---
+    if policy:
+        loss, violation = actor_loss(agent, rows)
+        descend(optimisers["actor"], loss, share)
+        logs["actor_loss"] = loss.detach()
+        if violation is not None:
+            dual_step(agent, violation)
+            infeasible = agent.v_s(rows_d["x"])[0, :, 0] > agent.eps
+            logs |= {"lambda": agent.log_lam.exp(), "infeasible_share": infeasible.float().mean()}
+    return logs
+
+
+def begin_training(cfg, task, data, cost, saved=None):
+    """A Training whose model is learnt and nothing else yet; or what a checkpoint saved."""
+    torch.manual_seed(cfg.seed)  # of the first weights
+    generator = torch.Generator(data["state"].device).manual_seed(cfg.seed)  # of all that is drawn
+    clock = time.time()
+    kept = {"report": {}, "seconds": {}, "step": 0, "cf": None, "metrics": [], "margin": 0.0}
+    model = Dynamics(task, cfg).requires_grad_(False) if cfg.counterfactual else None
+    if cfg.counterfactual and not saved:
+        model = train_dynamics(data, task, cfg, generator)
+        kept["report"] = dynamics_report(model, data)
+        kept["margin"] = cfg.margin if cfg.margin >= 0 else model_margin(model, cost, data)
+    kept["seconds"]["dynamics"] = time.time() - clock
+    kept = {key: saved[key] for key in kept} if saved else kept
+    agent = Agent(task, cfg, model, cost, kept["margin"]).to(data["state"].device)
+    own = data["state"][:, : task.own_dim]
+    agent.mean = own.mean(0)
+    agent.std = deviation(own)
+    optimisers = {"clone": adam(agent.clone, rate=1e-3), "actor": adam(agent.actor, rate=3e-4)}
+    if cfg.algorithm != "bc":
+        optimisers["q_r"] = adam(agent.q_r, rate=3e-4)
+    if cfg.algorithm not in ("bc", "td3bc"):
+        optimisers["safety"] = adam(agent.q_s, agent.v_s, rate=1e-3)
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        generator.set_state(saved["generator"].cpu())
+        for name, optimiser in optimisers.items():
+            optimiser.load_state_dict(saved["optimisers"][name])
+    return Training(agent, optimisers, generator, kept)
+
+
+def save_training(training, identity, path):
+    """A checkpoint: one dict of everything, networks and optimisers as they save themselves."""
+    agent, optimisers, generator, kept = training
+    saved = kept | {"agent": agent.state_dict(), "generator": generator.get_state()}
+    saved["optimisers"] = {name: optimiser.state_dict() for name, optimiser in optimisers.items()}
+    buffer = io.BytesIO()  # so that a full disk is met by the file system, not within torch
+    torch.save(saved | {"identity": identity, "format": FORMAT}, buffer)
+    with whole(path) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
+def note(kept, logs, bar):
+    """Keeps the logs of an update as metrics. Raises ProcoError where one is no longer finite."""
+    logs = {key: float(value) for key, value in logs.items()}
+    if not all(map(math.isfinite, logs.values())):
+        why = f"a loss is no longer finite at update {kept['step']} ({logs}): is there something"
+        raise ProcoError(f"{why} odd in the data? The last good checkpoint is kept")
+    kept["metrics"].append({"step": kept["step"]} | logs)
+    bar.update(kept["step"] - bar.n)
+    bar.set_postfix_str(" ".join(f"{key} {value:.3g}" for key, value in logs.items()))
+
+
+def train(training, data, save):
+    """Steps 4 to 6, from where the training is to its end; save() is called now and then."""
+    agent, optimisers, generator, kept = training
+    cfg = agent.cfg
+    # The same for every method, so that each actor gets as many updates, with the same rates.
+    parts = (cfg.clone_updates, cfg.feasibility_updates, cfg.updates)
+    clone_end, alone, rest = (max(1, round(part * cfg.scale)) for part in parts)
+    total = clone_end + alone + rest
+    every = math.ceil((alone + rest) / ROUNDS)
+    d, states, near = training_table(data, agent)
+    clock = time.time()
+    done = kept["step"] == total
+    with progress(None, "4-6 policy", total, initial=kept["step"], disable=done) as bar:
+        for step in range(kept["step"], total):
+            if step < clone_end:
+                rows = draw({"x": d["x"], "action": d["action"]}, cfg.batch, generator)
+                loss = (agent.imitate(rows["x"]) - rows["action"]).square().mean()
+                descend(optimisers["clone"], loss)
+                logs = {"clone_loss": loss.detach()}
+            else:
+                if step == clone_end:
+                    agent.actor.load_state_dict(agent.clone.state_dict())
+                if cfg.counterfactual and cfg.horizon and (step - clone_end) % every == 0:
+                    kept["cf"] = add_round(kept["cf"], states, near, agent, generator)
+                # Rates are constant, then fall to nothing.
+                share = min(1, 2 * (total - step) / (alone + rest))
+                policy = step >= clone_end + alone and step % 2 == 0
+                logs = update(agent, optimisers, d, kept["cf"], policy, generator, share)
+            kept["step"] = step + 1
+            last = step + 1 == total
+            if step % 200 == 0 or last:
+                note(kept, logs, bar)
+            if step % 1000 == 0 or last:  # only what has just been found finite
+                kept["seconds"]["policy"] = kept["seconds"].get("policy", 0) + time.time() - clock
+                clock = time.time()
+                save()
+
+
+# ==== 9. The simulator, and evaluation in it ======================================================
+# The last weights, never the best ones; the same episodes for every method and every way of acting.
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def import_simulator():
+    """Safety-Gymnasium, made importable and faster; what it computes is equal to the last bit."""
+    try:
+        from mujoco import MjData
+        from safety_gymnasium.assets.color import COLOR
+    except ImportError as error:
+        raise ProcoError(f"{error}: install safety-gymnasium as the README says") from None
+    # since Python 3.11 dataclasses refuse defaults without a hash, and an array has none
+    color = type("Color", (np.ndarray,), {"__hash__": object.__hash__})
+    COLOR.update({name: rgba.view(color) for name, rgba in COLOR.items()})
+    import safety_gymnasium.builder
+    from safety_gymnasium import world
+    from safety_gymnasium.assets.mocaps.gremlins import Gremlins
+    from safety_gymnasium.bases import base_agent
+    from safety_gymnasium.utils import random_generator
+
+    # a flat sky: each reset decodes the six pictures of the stock one, for more than a second
+    assets = world.yaml.safe_load(Path(world.BASE_DIR, "configs/assets.yaml").read_text("utf-8"))
+    sky = {"@type": "skybox", "@builtin": "flat", "@width": "8", "@height": "8"}
+    assets["textures"]["skybox"] = sky
+    every_contact = MjData.contact.fget
+
+    def load(file, Loader):
+        return assets
+
+    def square(d):
+        return [x * x for x in d.tolist()]
+
+    def contacts(data):  # without those with the floor (geom 0): most are, and no cost counts them
+        pairs = every_contact(data)
+        return [pairs[i] for i in np.flatnonzero(pairs.geom1 * pairs.geom2)]
+
+    def move(gremlins):  # all alike, each about a place of its own
+        data = gremlins.engine.data
+        x = np.sin(data.time) * gremlins.travel
+        data.mocap_pos[:] = x, np.cos(data.time) * gremlins.travel, gremlins.size
+
+    MjData.contact = property(contacts)
+    Gremlins.move = move
+    world.yaml = SimpleNamespace(load=load, FullLoader=None)
+    # a reset takes up to 60,000 distances of two points, for which numpy is slow
+    quick = vars(np) | {"square": square, "sum": sum, "sqrt": math.sqrt}
+    random_generator.np = base_agent.np = SimpleNamespace(**quick)
+    return safety_gymnasium
+
+
+def make_env(name):
+    """A new environment of a task. # FORK: one of your own has reset(seed=) -> (obs, info) and
+    step(action) -> (obs, reward, cost, terminated, truncated, info)."""
+    make = get_task(name).make
+    if callable(make):
+        return make()
+    try:
+        env = import_simulator().make(make)
+    except ValueError:  # mujoco 3 reads no model in global coordinates
+        raise ProcoError(f"mujoco can't load {make}; use mujoco 2.3.3, Python 3.11") from None
+    if hasattr(env.unwrapped, "task"):  # it is slow to ask if each observation is in its space
+        env.unwrapped.task.obs_info.obs_space_dict.contains = bool
+    return env
+
+
+def in_parallel(function, jobs):
+    """function(job) for each job, in a process for each core -> results, in the jobs' order."""
+    # Forked where that is safe: then a script that calls run() needs no __main__ guard.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(min(CORES, len(jobs)), context, begin_worker, (os.getpid(),))
+    try:
+        yield from pool.map(function, jobs)
+    except BrokenProcessPool:
+        raise ProcoError("a worker process ended by itself; is there too little memory?") from None
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def begin_worker(parent):
+    """Leaves Ctrl-C to the parent, and ends with it, whatever ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def place(env):
+    """Where the agent is, x + iy in m; on a line its place. For the picture alone."""
+    task = getattr(getattr(env, "unwrapped", None), "task", None)
+    return complex(*task.agent.pos[:2]) if task else complex(getattr(env, "x", 0), 0)
+
+
+def drive(job):
+    """Episodes side by side, so that the agent sees a batch: (checkpoint, way, seeds, show) -> for
+    each {acting, seed, return, cost, length, path (T,) complex, unsafe (T,)}."""
+    path, acting, seeds, show = job
+    agent = load_run(path)
+    policy = agent.start(seeds, acting)
+    envs = [make_env(agent.task.name) for _ in seeds]
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+    steps = [[] for _ in seeds]
+    going = set(range(len(envs)))
+    with progress(None, f"9 evaluation: {acting}", agent.task.steps, disable=not show) as bar:
+        while going:
+            actions = policy.act(obs)  # of those that have ended, too, which is simple
             bar.update()
-        for i, action in zip(alive, (act or agent.act)(obs[alive], *held)):
-            rows[i].obs.append(obs[i].astype(np.float32))
-            rows[i].actions.append(action)
-            obs[i], reward, cost, terminated, truncated, _ = envs[i].step(action)
-            rows[i].ret, rows[i].cost, rows[i].length = rows[i].ret + reward, rows[i].cost + cost, rows[i].length + 1
-            rows[i].costs.append(cost)
-            rows[i].path.append(place(envs[i]))
-            if not (terminated or truncated):
-                going.append(i)
-        alive = going
-    for row in rows:                            # thousands of small arrays would take long to send
-        row.__dict__.update({key: np.array(getattr(row, key)) for key in ("obs", "costs", "actions", "path")})
+            for n in sorted(going):
+                obs[n], reward, cost, terminated, truncated, _ = envs[n].step(actions[n])
+                steps[n].append((float(reward), float(cost), place(envs[n]), cost > 0))
+                if terminated or truncated:
+                    going.remove(n)
+    rows = []
+    for seed, episode in zip(seeds, steps):
+        rewards, costs, path, unsafe = zip(*episode)
+        row = {"acting": acting, "seed": seed, "return": sum(rewards), "cost": sum(costs)}
+        rows.append(row | {"length": len(path), "path": path, "unsafe": unsafe})
     return rows
 
 
-def drive_checkpoint(folder, name, seeds, behaviour, first):
-    """One worker's share of an evaluation: behaviour is policy, filter (Q_f alone), bare or clone. Who has the first
-    seed shows a bar for all."""
-    torch.set_num_threads(1)
-    agent = load_run(folder)
-    if behaviour in ("bare", "filter"):
-        agent.look_ahead, agent.candidates = 0, agent.candidates * (behaviour == "filter")
-    act = None
-    if behaviour == "clone":
-        act = lambda obs: torch.tanh(agent.clone(agent.features(agent._state(obs)))[0]).detach().numpy()
-    with progress(None, "7 evaluation", total=agent.task.steps, disable=seeds[0] != first) as bar:
-        return drive(agent, name, seeds, act, bar)
+def evaluate(path, cfg, ways):
+    """Drives the agent of a checkpoint in each of the ways -> {way: its episodes, by seed}."""
+    seeds = range(cfg.eval_seed, cfg.eval_seed + cfg.eval_episodes)
+    shares = [seeds[n::CORES] for n in range(min(CORES, len(seeds)))]
+    jobs = [(path, way, share, share is shares[0]) for way in ways for share in shares]
+    driven = {way: [] for way in ways}
+    for rows in in_parallel(drive, jobs):
+        driven[rows[0]["acting"]] += rows
+    for rows in driven.values():
+        rows.sort(key=itemgetter("seed"))
+    return driven
 
 
-def evaluate(folder, name, episodes, first_seed=10_000, behaviour="policy"):
-    """Drives a run's agent in the simulator, in parallel processes: the last weights, the same episode seeds for
-    every method -> list of episodes, by seed."""
-    shares = [range(first_seed, first_seed + episodes)[w::WORKERS] for w in range(min(WORKERS, episodes))]
-    work = functools.partial(drive_checkpoint, str(folder), name, behaviour=behaviour, first=first_seed)
-    if name == "DoubleIntegrator":
-        rows = [row for share in shares for row in work(share)]
-    else:
-        pool = ProcessPoolExecutor(len(shares), WORKER_START)
-        rows = [row for part in pool.map(work, shares) for row in part]
-        pool.shutdown(wait=False)               # they take half a second to leave
-    return sorted(rows, key=lambda row: row.seed)
+def summarise(cfg, driven):
+    """What results.json says of each way's episodes; normalised as DSRL does, at a limit of 20."""
+    infos = dsrl_infos()
+    low, high = (infos.get(f"{end}_EPISODE_REWARD", {}).get(cfg.task) for end in ("MIN", "MAX"))
+    scores = {}
+    for way, rows in driven.items():
+        returns, costs = np.array([(row["return"], row["cost"]) for row in rows]).T
+        score = {"episodes": len(rows), "return_mean": returns.mean(), "return_std": returns.std()}
+        score |= {"cost_mean": costs.mean(), "cost_std": costs.std()}
+        score["zero_cost_share"] = (costs == 0).mean()
+        normal = None if low is None else (returns.mean() - low) / (high - low)
+        scores[way] = score | {"normalized_return": normal, "normalized_cost": costs.mean() / 20}
+    return scores
 
 
-# ==== 8. A run: train, evaluate, keep ================================================================================
+def print_scores(title, scores):
+    """A row for each way of acting."""
+    print(f"9 evaluation of {title:<26}   return     cost   violation-free")
+    for way, score in scores.items():
+        words = {"clone": "cloned policy", "filter": "actor + filter"}.get(way, way)
+        values = (
+            "{return_mean:8.2f} {cost_mean:8.2f}   {zero_cost_share:.0%} of {episodes} episodes"
+        )
+        print(f"   {words:<40}{values.format(**score)}")
 
-WARNINGS = []                                   # what results.json must tell besides the numbers
-FORMAT = 3                                      # of checkpoint.pt, to be raised when older ones can't be read
+
+# ==== 10. A run: from data to results =============================================================
+
+FORMAT = 10  # of checkpoints, to be raised when older ones can't be read
+WARNINGS = []  # where the program went another way than the reader may expect
+EVALUATION = ("acting", "eval_episodes", "eval_seed")
+HARMLESS = ("out", "device", "cost", *EVALUATION)  # settings that change no weights
 
 
 def warn(text):
-    """Says loudly, and for results.json, that the program took another way than the reader may expect."""
-    WARNINGS.append(text)
+    """Says loudly, and for results.json, what the reader may not expect."""
+    if text not in WARNINGS:
+        WARNINGS.append(text)
     tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
 
-def progress(iterable, desc, **more):
-    """A progress bar with what is left."""
-    return tqdm(iterable, desc, dynamic_ncols=True, mininterval=0.5, file=sys.stdout, **more)
+def progress(iterable, text, total=None, **more):
+    """A progress bar, with the time that is left."""
+    scaled = more.get("unit") == "B"
+    return tqdm(iterable, text, total or None, dynamic_ncols=True, unit_scale=scaled, **more)
 
 
 @contextlib.contextmanager
 def whole(path):
-    """A temporary name beside path, renamed to it at the end: readers see the whole file or none."""
-    path = Path(path)
+    """A temporary path beside path, renamed at the end: readers see a whole file or none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
     except OSError as error:
-        raise ProcoError(f"can't write {path}: {error.strerror or error}; check the folder and the disk") from None
+        raise ProcoError(f"can't write {path}: {error.strerror or error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
-def adam(*nets, rate=3e-4):
-    """Adam (Kingma and Ba 2015) for the parameters of several networks: what it keeps between two steps."""
-    params = [param for net in nets for param in net.parameters()]
-    mean, square = ([torch.zeros_like(p, requires_grad=False) for p in params] for _ in range(2))
-    return SimpleNamespace(params=params, peak=rate, rate=rate, step=params[0].new_zeros(()), mean=mean, square=square)
-
-
-@torch.no_grad()
-def descend(optimiser, loss):
-    """One step of Adam; gradients of other networks that the loss passes through are not computed. torch.optim.Adam
-    calls the same kernel; what it does around that takes twice as long on a CPU, with networks as small as these."""
-    o, gradients = optimiser, torch.autograd.grad(loss, optimiser.params)
-    o.step += 1
-    torch._fused_adam_(o.params, gradients, o.mean, o.square, [], [o.step] * len(o.params), lr=o.rate, beta1=0.9,
-                       beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)
-
-
-def decisions(data, task, gamma, margin=None):
-    """D in decisions that last k = task.repeat steps: every stretch of k recorded steps within an episode, with the
-    mean action, the discounted reward and the cost of each step (B, k): with a margin the conservative one, else as
-    recorded.
-
-    # DEVIATION: a control step of 0.02 s changes next to nothing, so the values of its actions differ by less than a
-    network's error, and 25 steps of bootstrapping lie between a danger and the last chance to brake."""
-    k, episode = task.repeat, data["episode"]
-    first = (episode[k - 1:] == episode[:len(episode) - k + 1]).nonzero()[:, 0]
-    rows = first[:, None] + torch.arange(k, device=first.device)                                  # (B, k)
-    weight, danger = gamma ** torch.arange(k, device=first.device), data["danger"][rows]
-    return dict(state=data["state"][first], action=data["action"][rows].mean(1), danger=danger.amin(1),
-                next_state=data["next_state"][rows[:, -1]],
-                reward=(weight * data["reward"][rows]).sum(1), done=data["done"][rows].amax(1),
-                cost=(data["cost"][rows] > 0 if margin is None else danger <= margin).float())
-
-
-class Learner:
-    """The training of one run, as what a checkpoint must hold and one update. Sections 4 to 6 do the work."""
-
-    def __init__(self, cfg, task, data, cost, model, margin):
-        self.cfg, self.task, self.data, self.cost, self.model, self.margin = cfg, task, data, cost, model, margin
-        self.generator = torch.Generator(data["state"].device).manual_seed(cfg.seed + 2)
-        self.agent = agent = Agent(task, cfg, data)
-        self.optimisers = dict(clone=adam(agent.clone, rate=1e-3), actor=adam(agent.actor), q_r=adam(agent.q_r),
-                               safety=adam(agent.q_s, agent.v_s, rate=1e-3))
-        self.slow, self.fast = ([p.data for p in net.parameters()] for net in (agent.q_r_slow, agent.q_r))
-        self.step, self.cf, self.snapshots, self.metrics, self.graphs = 0, None, [], [], None
-        if cfg.device == "cuda-graphs":         # what a graph reads must stay where it is: the learning rates, too
-            self.graphs = {}
-            for optimiser in self.optimisers.values():
-                optimiser.rate = agent.mean.new_tensor(optimiser.peak)
-        count = lambda updates: max(1, round(updates * cfg.scale))
-        self.clone_updates = count(cfg.clone_updates)
-        self.alone = count(cfg.feasibility_updates) if cfg.counterfactual else 0
-        self.updates = 0 if cfg.method == "bc" else self.alone + count(cfg.updates)
-        self.data = data = decisions(data, task, cfg.gamma, margin if cfg.counterfactual else None)
-        self.near = data["danger"].argsort()[:max(1, len(data["danger"]) // 4)]
-        data["reward"] = data["reward"] / data["reward"].std().clamp(min=1e-6)
-        self.see(data)
-
-    def see(self, rows):
-        """Adds to rows what the networks see of them, once for all updates."""
-        rows["x"], rows["next_x"] = self.agent.features(rows["state"]), self.agent.features(rows["next_state"])
-
-    def draw(self, count, rows):
-        return torch.randint(rows, (count,), generator=self.generator, device=self.data["state"].device)
-
-    def clone_update(self):
-        """Behaviour cloning: the method bc, the first policy that is rolled out, and what --diagnose drives."""
-        rows = self.draw(self.cfg.batch, len(self.data["state"]))
-        agent, x, action = self.agent, self.data["x"].index_select(0, rows), self.data["action"].index_select(0, rows)
-        loss = (torch.tanh(agent.clone(x)[0]) - action).square().mean()
-        descend(self.optimisers["clone"], loss)
-        if self.step == self.clone_updates - 1:
-            agent.actor.load_state_dict(agent.clone.state_dict())
-        return dict(clone_loss=loss.detach())
-
-    def roll_out(self):
-        """One round of counterfactual roll-outs with the current policy, added to D_cf. Starts: half of them recorded
-        states, half of them off every track (displaced, or from earlier roll-outs where there is nothing to displace);
-        in either half every second one from the quarter of D nearest to danger."""
-        cfg, data = self.cfg, self.data
-        self.snapshots.append((copy.deepcopy(self.agent.state_dict()), self.generator.get_state()))
-        count = max(20, round(cfg.rollouts * cfg.scale) // ROUNDS)
-        rows = torch.cat([self.draw(count // 2, len(data["state"])),
-                          self.near[self.draw(count - count // 2, len(self.near))]])
-        rows = rows[torch.randperm(count, generator=self.generator, device=rows.device)]
-        starts, half = data["state"][rows], count // 2
-        if self.task.lidars:
-            starts[:half] = displaced(starts[:half], self.task, self.generator)
-        elif self.task.state_dim == 2:          # a plane can be covered as far as the record goes
-            low, high = data["state"].amin(0), data["state"].amax(0)
-            spot = torch.rand(starts[:half].shape, generator=self.generator, device=low.device)
-            starts[:half] = low + (high - low) * spot
-        elif self.cf:
-            starts[:half] = self.cf["state"][self.draw(half, len(self.cf["state"]))]
-        starts = starts[torch.randperm(count, generator=self.generator, device=rows.device)]
-        new = counterfactual_rollouts(self.model, self.cost, self.agent, starts, cfg, self.margin, self.generator)
-        rows = self.draw(5_000, len(new["state"]))
-        shares = caution_shares(self.model, self.cost, new["state"][rows], new["action"][rows], self.margin)
-        tqdm.write("4 roll-outs: {} rows, {:.1%} unsafe; of these {:.0%} only by the margin, {:.0%} only by a minority "
-                   "of the elites; {:.1%} at most {} steps before".format(len(new["state"]), *shares,
-                                                                       float(new["risky"].float().mean()), RISKY))
-        self.see(new)
-        new["driver"] = torch.tanh(self.agent.clone(new["x"])[0]).detach()
-        self.cf = {key: torch.cat([self.cf[key], new[key]]) for key in new} if self.cf else new
-        self.risky = self.cf["risky"].nonzero()[:, 0]
-        self.graphs = None if self.graphs is None else {}               # they knew the smaller D_cf
-
-    def sample_cf(self, count):
-        """Rows of D_cf: half at random, half from those at or before a violation."""
-        rows = self.draw(count - count // 2, len(self.cf["state"]))
-        if len(self.risky):
-            rows = torch.cat([rows, self.risky[self.draw(count // 2, len(self.risky))]])
-        return {key: self.cf[key].index_select(0, rows) for key in ("x", "action", "next_x", "cost", "driver")}
-
-    def update(self):
-        """One update: now and then a round of roll-outs, and at every step what learn() does."""
-        cfg, step = self.cfg, self.step - self.clone_updates
-        if cfg.counterfactual and cfg.horizon and step % math.ceil(self.updates / ROUNDS) == 0:
-            self.roll_out()
-        for optimiser in self.optimisers.values():                      # constant, then falling to nothing
-            rate = optimiser.peak * min(1, 2 * (1 - step / self.updates))
-            optimiser.rate = rate if self.graphs is None else optimiser.rate.fill_(rate)
-        policy = step % 2 == 0 and step >= self.alone
-        return self.learn(policy) if self.graphs is None else self.replay(policy)
-
-    def replay(self, policy):
-        """learn(policy) as a CUDA graph: its kernels recorded once and started as one, with new random numbers each
-        time. Recorded after two eager updates, in which optimisers and libraries make what they keep, and anew when
-        D_cf has grown. Where recording fails all updates are eager."""
-        known = self.graphs.get(policy, 0)
-        if known in (0, 1):
-            self.graphs[policy], stream = known + 1, torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                logs = self.learn(policy)
-            torch.cuda.current_stream().wait_stream(stream)
-            return logs
-        if known == 2:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                graph.register_generator_state(self.generator)
-                with torch.cuda.graph(graph):
-                    known = graph, self.learn(policy)
-            except (RuntimeError, AttributeError) as error:
-                warn(f"no CUDA graph of the updates ({error}); they go on one kernel after the other")
-                self.graphs = None
-                return self.learn(policy)
-            self.graphs[policy] = known
-        known[0].replay()
-        return known[1]
-
-    def learn(self, policy):
-        """One step of the safety critics, which learn alone at first (a policy that learns beside an unripe Q_f finds
-        its errors and keeps them); with `policy`, every second time (TD3), of reward critics, actor and multiplier."""
-        cfg, agent, logs = self.cfg, self.agent, {}
-        cf = self.sample_cf(cfg.batch) if self.cf else None
-        chosen = self.draw(cfg.batch, len(self.data["state"]))
-        d = {key: self.data[key].index_select(0, chosen) for key in ("x", "action", "reward", "next_x", "done", "cost")}
-        rows = with_counterfactuals(d, cf)
-        if cfg.algorithm != "td3bc":
-            mostly = slice(cfg.batch // 2 if cf else 0, None)           # half as many rows of D as of D_cf
-            loss = feasibility_loss(agent, *(rows[key][mostly] for key in ("x", "action", "next_x", "cost")),
-                                    cfg.gamma_f, self.generator)
-            logs["feasibility_loss"] = loss.detach()
-            if cfg.algorithm == "cpq":
-                loss = loss + penalty(agent, d["x"], d["action"], self.generator)
-            descend(self.optimisers["safety"], loss)
-        if policy:
-            loss = reward_critic_loss(agent, *(d[key] for key in ("x", "action", "reward", "next_x", "done")),
-                                      cfg.gamma ** self.task.repeat, self.generator,
-                                      CPQ_LIMIT if cfg.algorithm == "cpq" else None)
-            descend(self.optimisers["q_r"], loss)
-            torch._foreach_lerp_(self.slow, self.fast, 0.02)
-            logs["reward_loss"] = loss.detach()
-            loss, violation = actor_loss(agent, rows, cfg)
-            descend(self.optimisers["actor"], loss)
-            logs["actor_loss"] = loss.detach()
-            if violation is not None:
-                dual_step(agent, violation)
-                logs |= dict(lam=agent.log_lam.exp().clone(), violation=violation)
-            if cfg.counterfactual:
-                with torch.no_grad():
-                    v_f = agent.v_s(d["x"])[0, :, 0]
-                    logs["infeasible_share"] = (v_f > agent.eps).float().mean()
-        return logs
-
-    def state(self):
-        return dict(step=self.step, agent=self.agent.state_dict(), generator=self.generator.get_state(),
-                    optimisers={name: (o.step, o.mean, o.square) for name, o in self.optimisers.items()},
-                    snapshots=self.snapshots, metrics=self.metrics)
-
-    def restore(self, saved):
-        """Takes up a checkpoint. D_cf is not kept but rolled out again, from the agents and the random states of the
-        time, which is exact and takes seconds."""
-        finished = saved["step"] == self.clone_updates + self.updates
-        for agent, random in () if finished else saved["snapshots"]:
-            self.agent.load_state_dict(agent)
-            self.generator.set_state(random.cpu())
-            self.roll_out()
-        self.snapshots, self.step, self.metrics = saved["snapshots"], saved["step"], saved["metrics"]
-        self.agent.load_state_dict(saved["agent"])
-        self.generator.set_state(saved["generator"].cpu())                      # a GPU's, too, is read from there
-        for name, optimiser in self.optimisers.items():
-            optimiser.step, optimiser.mean, optimiser.square = saved["optimisers"][name]
-
-
-@contextlib.contextmanager
-def interruptible():
-    """A list that Ctrl-C and SIGTERM fill, so that training leaves between two updates with a checkpoint."""
-    asked, before = [], {}
+def writable(folder, option):
+    """Makes a folder and tries to write there. Raises ProcoError, which names what moves it."""
     try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):       # not in the main thread: whoever is in charge there decides
-                before[name] = signal.signal(name, lambda number, frame: asked.append(number))
-        yield asked
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"{error.strerror or error}; {option} names another folder"
+        raise ProcoError(f"can't write into {folder}: {reason}") from None
 
 
-def train(cfg, task, data, cost, folder, resume):
-    """Steps 2 to 6 -> (Learner, seconds of each step, the dynamics report). Checkpoints in folder/checkpoint.pt; with
-    resume it goes on from there, on a CPU bit for bit as if it had never stopped."""
-    path, seconds, saved = folder / "checkpoint.pt", {}, None
-    if resume and path.exists():
-        saved = load_checkpoint(path, data["state"].device)
-        differs = [key for key, value in saved["config"].items() if value != getattr(cfg, key) and key != "out"]
-        if differs:
-            raise ProcoError(f"{path} was trained with other settings ({', '.join(differs)}); use another --out")
-    torch.manual_seed(cfg.seed)                 # weights; everything else is drawn from generators of its own
-    start, model, report, margin = time.time(), None, {}, cfg.margin
-    if cfg.counterfactual:
-        if saved:
-            model = load_dynamics(saved["model"], task, cfg).to(data["state"].device)
-            report, margin, seconds = saved["report"], saved["margin"], saved["seconds"]
-            torch.set_rng_state(saved["random"].cpu())
-        else:
-            model = train_dynamics(data, task, cfg, torch.Generator(data["state"].device).manual_seed(cfg.seed + 1))
-            report = dynamics_report(model, data)
-            margin = cfg.margin if cfg.margin >= 0 else model_margin(model, cost, data)
-            seconds["dynamics"] = time.time() - start
-        print_dynamics(report, margin)
-    rng = torch.get_rng_state()
-    learner = Learner(cfg, task, data, cost, model, margin)
-    if saved:
-        learner.restore(saved["learner"])
+def write_table(path, rows, columns=None):
+    """A CSV file from dicts; what a row lacks stays empty."""
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
 
-    def checkpoint():
-        with whole(path) as part:
-            torch.save(dict(config=dataclasses.asdict(cfg), model=model and model.state_dict(), report=report,
-                            margin=margin, seconds=seconds, random=rng, learner=learner.state(), format=FORMAT), part)
 
-    if not saved:
-        checkpoint()
-    total = learner.clone_updates + learner.updates
-    stages = (("clone", "0 cloned policy", learner.clone_updates), ("policy", "5+6 feasibility, policy", total))
-    with interruptible() as asked:
-        for name, words, end in stages:
-            start = time.time()
-            bar = progress(None, words, total=end, initial=learner.step, disable=learner.step >= end)
-            while learner.step < end:
-                logs = learner.clone_update() if name == "clone" else learner.update()
-                learner.step += 1
-                last = learner.step == end
-                if learner.step % 200 == 1 or last or asked:
-                    logs = {key: float(value) for key, value in logs.items()}
-                    if not all(map(math.isfinite, logs.values())):
-                        raise ProcoError(f"a loss is no longer finite at update {learner.step} ({logs}); {path} keeps "
-                                         "the last good state: lower the learning rates or look at the data")
-                    if learner.step % 200 == 1 or last:
-                        learner.metrics.append(dict(step=learner.step, stage=name, **logs))
-                    bar.update(learner.step - bar.n)
-                    bar.set_postfix_str(" ".join(f"{key.removesuffix('_loss')} {value:.3g}"
-                                                 for key, value in logs.items()))
-                if learner.step % 2000 == 1 or last or asked:       # only what has just been found finite is kept
-                    seconds[name] = seconds.get(name, 0) + time.time() - start
-                    start = time.time()
-                    checkpoint()
-                if asked:
-                    raise ProcoError(f"stopped at update {learner.step} of {total}; the same command with --resume "
-                                     "goes on")
-            bar.close()
-    return learner, seconds, report
+def versions():
+    """What the numbers are made with: {package: version or None}."""
+    found = {"python": sys.version.split()[0], "threads": torch.get_num_threads()}
+    for name in ("torch", "numpy", "safety-gymnasium", "dsrl", "mujoco", "gymnasium"):
+        there = next(importlib.metadata.distributions(name=name), None)
+        found[name] = there and there.version
+    return found
 
 
 def load_checkpoint(path, device="cpu"):
-    """The content of a checkpoint.pt. It is pickled, so load only your own."""
+    """What a run saved. Raises ProcoError."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=False)
-    except OSError:
-        raise ProcoError(f"there is no {path}: train first, or give another folder") from None
-    except Exception as error:                  # torch and pickle raise many kinds for a file that is cut
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise ProcoError(f"can't read {path}: {error.strerror or error}; train first") from None
+    except Exception as error:  # noqa: BLE001 (torch raises many kinds for a file that is cut)
         raise ProcoError(f"{path} is damaged ({type(error).__name__}); train again") from None
-    if saved.get("format") != FORMAT:
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ProcoError(f"{path} is of another version of this program; train again")
     return saved
 
 
-def load_dynamics(weights, task, cfg):
-    """The Dynamics of a checkpoint, from its state_dict."""
-    model = Dynamics(task, cfg.ensemble, cfg.hidden // 2).requires_grad_(False)
-    model.elites = weights["elites"]            # their number differs from a fresh model's
-    model.load_state_dict(weights)
-    return model
-
-
-def load_run(folder, device="cpu"):
-    """The agent of a finished run: .act(obs (B, O)) -> (B, A), .feasibility(obs (B, O)) -> (B,), .eps. Raises
-    ProcoError where there is no run."""
-    saved = load_checkpoint(Path(folder) / "checkpoint.pt", device)
-    cfg = Config(**saved["config"])
-    task = get_task(cfg.task, cfg.raw_obs)
-    agent = Agent(task, cfg)
-    agent.load_state_dict(saved["learner"]["agent"])
-    if saved["model"]:
-        object.__setattr__(agent, "model", load_dynamics(saved["model"], task, cfg).to(device))     # no part of its own
+def load_run(path, device="cpu"):
+    """The Agent of a run, by its folder or a checkpoint. Raises ProcoError where there is none."""
+    path = Path(path).expanduser()
+    saved = load_checkpoint(path if path.suffix == ".pt" else path / "checkpoint.pt", device)
+    cfg = Config(**saved["identity"]["settings"])
+    task = get_task(cfg.task)
+    model = Dynamics(task, cfg) if cfg.counterfactual else None
+    cost = load_cost(cfg.task, cfg.cost)
+    if cost.digest != saved["identity"]["predicate"]:
+        raise ProcoError(f"{path} was trained with another predicate of {cfg.task}; train again")
+    agent = Agent(task, cfg, model, cost, saved["margin"])
+    agent.load_state_dict(saved["agent"])
     return agent.to(device).requires_grad_(False)
 
 
 def run_folder(cfg):
     """Where a run is kept."""
-    return Path(cfg.out) / cfg.task / cfg.method / f"seed{cfg.seed}"
+    return Path(cfg.out).expanduser() / cfg.task / cfg.method / f"seed{cfg.seed}"
+
+
+def differences(made, now):
+    """What differs between the identities of two runs: settings, predicate, data -> a sentence."""
+    pairs = [(name, made[name], now[name]) for name in ("predicate", "data")]
+    for name in set(now["settings"]).difference(HARMLESS):
+        pairs.append((name, made["settings"].get(name), now["settings"][name]))
+    return "; ".join(f"{name} {was}, now {value}" for name, was, value in pairs if was != value)
+
+
+def load_results(path):
+    """The content of a results.json. Raises ProcoError."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return content | {"identity": dict(content["identity"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"is damaged or of another version ({type(error).__name__}); use another --out"
+        raise ProcoError(f"{path} {reason}") from None
+
+
+def kept_run(folder, identity, device):
+    """What --resume goes on with: (results of a finished run or None, checkpoint or None)."""
+    for name in ("training.pt", "results.json", "checkpoint.pt"):
+        path = folder / name
+        if not path.exists():
+            continue
+        kept = load_results(path) if name == "results.json" else load_checkpoint(path, device)
+        differs = differences(kept["identity"], identity)
+        if differs and (name != "training.pt" or not (folder / "results.json").exists()):
+            raise ProcoError(f"{path} was made otherwise ({differs}); use another --out")
+        if name != "results.json" and not differs:
+            return None, kept
+        asked = [kept["identity"]["settings"][key] for key in EVALUATION]
+        if not differs and asked == [identity["settings"][key] for key in EVALUATION]:
+            return kept, None
+    return None, None
+
+
+def prepare(cfg):
+    """Tries all that a run will need, before anything long -> task, cost, device."""
+    task = get_task(cfg.task)
+    cost = load_cost(cfg.task, cfg.cost)
+    cuda = torch.cuda.is_available()
+    if cfg.device not in ("auto", "cpu", "cuda") or (cfg.device == "cuda" and not cuda):
+        raise ProcoError(f"there is no device {cfg.device!r} here; leave --device out")
+    known = ways(task, cfg)
+    if cfg.acting not in ("auto", *known):
+        raise ProcoError(f"--method {cfg.method} on {cfg.task} acts by {', '.join(known)}")
+    make_env(cfg.task).reset(seed=0)
+    installed = versions()
+    if isinstance(task.make, str) and not str(installed["mujoco"]).startswith("2.3"):
+        warn(f"mujoco {installed['mujoco']} drives other paths than the 2.3 of DSRL's data")
+    if not installed["dsrl"]:
+        warn("the package dsrl is not installed: no normalised scores, no download of its data")
+    writable(run_folder(cfg), "--out")
+    return task, cost, "cuda" if cuda and cfg.device != "cpu" else "cpu"
 
 
 def run(cfg, resume=False):
-    """Everything, from data to results -> the content of results.json."""
+    """A whole run, from data to results -> the content of results.json. Raises ProcoError."""
     WARNINGS.clear()
-    begin, task = time.time(), get_task(cfg.task, cfg.raw_obs)
-    if os.name == "posix":
-        multiprocessing.forkserver.ensure_running()
-    for name, low, high in (("scale", 0, 1e6), ("eps", 0, 1), ("gamma_f", 0, 1), ("gamma", 0, 1.000001),
-                            ("horizon", -1, 1e4), ("ensemble", 0, 100), ("hidden", 1, 1e5), ("batch", 1, 1e6),
-                            ("driver_episodes", 1, 1e6), ("eval_episodes", 0, 1e6)):
-        if not low < getattr(cfg, name) < high:
-            raise ProcoError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is out of range: {low} < value < "
-                             f"{high:g}")
-    for name, known in (("method", METHODS), ("cost", ("llm", "oracle"))):
-        if getattr(cfg, name) not in known:
-            raise ProcoError(f"there is no {name} called {getattr(cfg, name)!r}; there are {', '.join(known)}")
-    device = torch.device("cpu" if cfg.device == "cpu" or not torch.cuda.is_available() else "cuda")
-    if cfg.device not in ("auto", device.type, *["cuda-graphs"] * (device.type == "cuda")):
-        raise ProcoError(f"there is no device {cfg.device!r} here; leave --device out, or say cpu" +
-                         ", cuda or cuda-graphs" * torch.cuda.is_available())
-    installed = versions()
-    if cfg.task != "DoubleIntegrator" and (installed["mujoco"] or "").startswith("3"):
-        warn(f"mujoco {installed['mujoco']} drives other paths than the 2.3 of the DSRL data and of published scores")
-    if not installed["dsrl"]:
-        warn("the package dsrl is not installed (README): no normalised scores and no download of its data")
-    folder = run_folder(cfg)
-    with whole(folder / "config.json") as part:
-        part.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-    cost = oracle_cost(task) if cfg.cost == "oracle" else load_cost(cfg.task)
+    begin = time.time()
+    task, cost, device = prepare(cfg)
     source, path = find_data(cfg)
     arrays, facts = load_data(path, task, cfg.max_episode_cost)
-    print(f"1 data: {source} {path}: {facts['episodes']} of {facts['of_episodes']} episodes kept, "
-          f"{facts['transitions']} transitions, return {facts['return_mean']:.2f}, {facts['unsafe_share']:.2%} unsafe")
-    minutes = forecast(cfg, task, facts["transitions"]) / 60
-    print(f"   what follows takes about {minutes:.1f} minutes on this CPU; on a GPU nobody has measured it")
-    data = to_device(arrays, task, cost, device)
-    seconds = dict(data=time.time() - begin)
-    learner, trained, dynamics = train(cfg, task, data, cost, folder, resume)
+    facts = {"source": source, "path": str(path), "rows": facts["transitions"]} | facts
+    words = "1 data: {source} {path}: {episodes} of {of_episodes} episodes, {transitions} steps"
+    print(f"{words}, return {{return_mean:.2f}}, {{unsafe_share:.2%}} unsafe".format(**facts))
+    identity = {"settings": dataclasses.asdict(cfg), "predicate": cost.digest}
+    identity["data"] = {key: facts[key] for key in ("source", "rows", "hash")}
+    results, saved = kept_run(run_folder(cfg), identity, device) if resume else (None, None)
+    if results:
+        print_scores(f"{cfg.task} {cfg.method}, finished before", results["acting"])
+        return results
+    part = run_folder(cfg) / "training.pt"  # what is finished stays until this run is, too
+    if not saved:
+        part.unlink(missing_ok=True)
+    d = to_device(arrays, task, device)
+    measure_distances(d, cost, task)
+    training = begin_training(cfg, task, d, cost, saved)
+    kept = training.kept
+    seconds = kept["seconds"]
+    seconds.setdefault("data", time.time() - begin - seconds["dynamics"])
+    save = functools.partial(save_training, training, identity, part)
+    save()
     if cfg.counterfactual:
-        print(f"   warning time: V_f = {cfg.gamma_f:g}^k says a violation in k steps can't be avoided; eps = "
-              f"{cfg.eps:g} warns {math.log(cfg.eps) / math.log(cfg.gamma_f):.0f} steps ahead")
-    write_table(folder / "metrics.csv", learner.metrics)
-    start = time.time()
-    rows = evaluate(folder, cfg.task, cfg.eval_episodes)
-    seconds |= trained | dict(evaluation=time.time() - start, total=time.time() - begin)
-    write_table(folder / "episodes.csv", [dict(seed=row.seed, **{"return": row.ret}, cost=row.cost, length=row.length)
-                                          for row in rows])
-    keep_paths(folder, cfg.task, rows, load_run(folder))
-    report(folder)
-    results = dict(task=cfg.task, method=cfg.method, seed=cfg.seed, data=dict(source=source, path=str(path), **facts),
-                   dynamics=dynamics, margin=learner.margin, eval=summary(cfg.task, rows), timing=seconds,
-                   versions=installed, warnings=list(WARNINGS))
+        print_report(kept["report"], kept["margin"])
+    train(training, d, save)
+    kept["cf"] = None  # large, and needed no more
+    save()
+    clock = time.time()
+    driven = evaluate(part, cfg, ways(task, cfg))
+    seconds["evaluation"] = time.time() - clock
+    seconds["total"] = sum(seconds.values())
+    content = {"task": cfg.task, "method": cfg.method, "seed": cfg.seed, "identity": identity}
+    content |= {"settings": identity["settings"], "data": facts, "dynamics": kept["report"]}
+    content |= {"margin": kept["margin"], "timing": seconds, "versions": versions()}
+    return finish(run_folder(cfg), training, driven, content)
+
+
+def finish(folder, training, driven, content):
+    """Writes what a run leaves; results.json is last, but for the picture -> its content."""
+    cfg = training.agent.cfg
+    scores = summarise(cfg, driven)
+    acting = list(scores)[-1] if cfg.acting == "auto" else cfg.acting
+    content |= {"eval": scores[acting] | {"acting": acting}, "acting": scores, "warnings": WARNINGS}
+    # JSON knows no NaN
+    content = json.loads(json.dumps(content, default=float), parse_constant={}.get)
+    (folder / "results.json").unlink(missing_ok=True)  # once it is there again, all is new
+    os.replace(folder / "training.pt", folder / "checkpoint.pt")
+    write_table(folder / "metrics.csv", training.kept["metrics"])
+    columns = ("acting", "seed", "return", "cost", "length")
+    write_table(folder / "episodes.csv", [row for rows in driven.values() for row in rows], columns)
     with whole(folder / "results.json") as part:
-        part.write_text(json.dumps(results, indent=1, default=float))
-    score = results["eval"]
-    print(f"7 evaluation: {cfg.task} {cfg.method}: return {score['return_mean']:.2f} +- {score['return_std']:.2f}, "
-          f"cost {score['cost_mean']:.2f} +- {score['cost_std']:.2f}, {score['zero_cost_share']:.0%} of {len(rows)} "
-          f"episodes without a violation" + (f"; normalised return {score['normalized_return']:.3f}, cost at limit 20 "
-          f"{score['normalized_cost']:.3f}" if score["normalized_return"] is not None else ""))
-    print(f"   {folder}/results.json after {results['timing']['total']:.0f} s")
-    print("".join(f"   NOTE: {text}\n" for text in WARNINGS), end="")
-    return results
+        part.write_text(json.dumps(content, indent=1), "utf-8")
+    try:
+        draw_report(folder / "report.png", training.agent, driven)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the results are on disk)
+        warn(f"no picture ({type(error).__name__}: {error})")
+    print_scores(f"{cfg.task} {cfg.method}", scores)
+    print(f"   {folder}/results.json after {content['timing']['total']:.0f} s")
+    for text in WARNINGS:
+        print(f"   NOTE: {text}")
+    return content
+
+
+def evaluate_run(folder, changes):
+    """Drives a finished run again; changes: settings of the evaluation -> {way: score}."""
+    path = Path(folder).expanduser() / "checkpoint.pt"
+    cfg = Config(**load_checkpoint(path)["identity"]["settings"] | changes)
+    known = ways(get_task(cfg.task), cfg) if cfg.acting == "auto" else [cfg.acting]
+    scores = summarise(cfg, evaluate(path, cfg, known))
+    print_scores(f"{cfg.task} {cfg.method}", scores)
+    return scores
+
+
+@torch.no_grad()
+def draw_report(path, agent, driven):
+    """report.png: V_f as the first evaluation episode begins, and how it was driven."""
+    from matplotlib.figure import Figure
+
+    agent = copy.deepcopy(agent).cpu()
+    task = agent.task
+    if not (task.lidars or task.state_dim == 2):
+        return
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.add_subplot()
+    span = (-2.5, 2.5, -2.5, 2.5) if task.lidars else (-1, 1, -0.5, 2)
+    x, y = np.meshgrid(np.linspace(*span[:2], 151), np.linspace(*span[2:], 151))
+    if task.lidars:
+        env = make_env(task.name)
+        own, z = split(encode(env.reset(seed=driven["clone"][0]["seed"])[0], task), task)
+        moved = torch.as_tensor((x + 1j * y - place(env)).ravel(), dtype=torch.cfloat)
+        z = z - (moved / (-2 * torch.complex(own[4], own[3])))[:, None]
+        own = torch.cat([agent.mean[:3], own[3:]])  # moving as drivers do on average
+        state = join(own.expand(len(z), -1), z, task)
+        axes.set(xlabel="x, m", ylabel="y, m", aspect="equal")
+    else:
+        state = torch.as_tensor(np.stack([x, y], -1).reshape(-1, 2), dtype=torch.float32)
+        axes.contour(x, y, double_integrator_infeasible(x, y), [0.5], linestyles="--")
+        axes.set(xlabel="position, m (wall: 1; dashed: closed form)", ylabel="velocity, m/s")
+    v_f = agent.feasibility(state).reshape(x.shape)
+    mesh = axes.pcolormesh(x, y, v_f, cmap="cividis", vmin=0, vmax=1, rasterized=True)
+    axes.contour(x, y, v_f, [agent.eps], colors="white")
+    figure.colorbar(mesh, label=f"V_f as the episode begins (line: eps = {agent.eps:g})")
+    colours = {"clone": "tab:red", list(driven)[-1]: "white"} if task.lidars else {}
+    for way, colour in colours.items():
+        route, unsafe = (np.array(driven[way][0][key]) for key in ("path", "unsafe"))
+        axes.plot(route.real, route.imag, color=colour, lw=1)
+        hits = route[unsafe]
+        axes.plot(hits.real, hits.imag, "x", color=colour, label=f"{way}: {len(hits)} x")
+        axes.legend(facecolor="0.5")
+    with whole(path) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 def parse(argv):
-    """The command line as (Config, the other flags); --help is made from Config's fields."""
-    parser = argparse.ArgumentParser(prog="proco.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description=__doc__.split("Legend")[0])
+    """The command line -> ({setting: value} of those that were given, the other flags)."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "proco.py", None, __doc__.split("Shapes:")[0], formatter_class=form
+    )
+    add = {}
     for field in dataclasses.fields(Config):
-        flag, text = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} (default: {field.default})"
-        if field.type is bool or field.type == "bool":
-            parser.add_argument(flag, action="store_true", help=field.metadata["help"])
-        else:
-            parser.add_argument(flag, type=type(field.default), default=field.default, metavar="X",
-                                help=text.replace("%", "%%"))
-    parser.add_argument("--resume", action="store_true", help="go on where a run with the same settings was stopped")
-    parser.add_argument("--diagnose", metavar="RUN", help="print what the run in folder RUN knows, and leave")
-    parser.add_argument("--report", metavar="RUN", help="draw report.png of the run in folder RUN again, and leave")
-    parser.add_argument("--compare", metavar="M,M", help="train what is missing of these methods, and print a table")
-    parser.add_argument("--seeds", type=int, default=5, metavar="K", help="training seeds of --compare (default: 5)")
-    parser.add_argument("--tasks", metavar="T,T", help="tasks of --compare (default: --task)")
-    parser.add_argument("--write-cost", action="store_true", help="have a language model write the cost predicate")
-    parser.add_argument("--llm-url", default=os.environ.get("PROCO_LLM_URL"), help="an OpenAI-compatible endpoint, "
-                        "such as http://localhost:11434/v1 (default: the environment's PROCO_LLM_URL)")
-    parser.add_argument("--llm-model", default=os.environ.get("PROCO_LLM_MODEL"), help="its model (PROCO_LLM_MODEL)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an expected failure")
-    parser.set_defaults(**PRESETS.get(parser.parse_known_args(argv)[0].task, {}))
-    args = vars(parser.parse_args(argv))
-    cfg = Config(**{field.name: args.pop(field.name) for field in dataclasses.fields(Config)})
-    return cfg, SimpleNamespace(**args)
+        about = field.metadata
+        if about["group"] not in add:
+            add[about["group"]] = parser.add_argument_group(about["group"]).add_argument
+        flag = "--" + field.name.replace("_", "-")
+        words = about["help"] + (f" ({about['default']})" if about["default"] != "" else "")
+        add[about["group"]](flag, type=type(about["default"]), metavar="X", help=words)
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    parser.add_argument("--evaluate", metavar="RUN", help="drive a finished run again, and leave")
+    flags = vars(parser.parse_args(argv))
+    other = {key: flags.pop(key) for key in ("resume", "evaluate")}
+    return {key: value for key, value in flags.items() if value is not None}, other
 
 
 def main(argv=None):
-    """The command line -> exit code: 0, or 2 with one sentence on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
-    cfg, more = parse(argv)
+    """The command line -> exit code: 0; 2 and one sentence on stderr; 130 where it was stopped."""
+    given, flags = parse(argv)
+    part = Path()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if more.diagnose:
-            diagnose(more.diagnose, cfg.eval_episodes)
-        elif more.report:
-            print(report(more.report))
-        elif more.compare:
-            if more.seeds < 1:
-                raise ProcoError("--seeds has to be at least 1")
-            compare({(task, method): [parse([*argv, "--task", task, "--method", method, "--seed", str(seed)])[0]
-                                      for seed in range(more.seeds)]
-                     for task in (more.tasks or cfg.task).split(",") for method in more.compare.split(",")})
-        elif more.write_cost:
-            if not (more.llm_url and more.llm_model):
-                raise ProcoError("--write-cost needs --llm-url and --llm-model (or PROCO_LLM_URL and PROCO_LLM_MODEL)")
-            write_cost(cfg.task, more.llm_url, more.llm_model, data=recorded_steps(cfg))
+        if flags["evaluate"]:
+            other = ", ".join(f"--{key}" for key in given if key not in EVALUATION)
+            if other:
+                raise ProcoError(f"--evaluate drives a run as it was trained: it takes no {other}")
+            evaluate_run(flags["evaluate"], given)
         else:
-            run(cfg, more.resume)
+            cfg = Config(**given)
+            part = run_folder(cfg) / "training.pt"
+            run(cfg, flags["resume"])
         return 0
     except ProcoError as error:
-        if more.debug:
-            raise
         print(f"proco: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("proco: interrupted before there was anything to keep; start again", file=sys.stderr)
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, SIGTERM, a closed pipe
+        hint = (
+            "the same command with --resume goes on" if part.is_file() else "nothing was kept yet"
+        )
+        print(f"\nproco: stopped; {hint}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is flushed into a closed pipe
         return 130
+
+
+# ---- The scripted demonstrator: data where no recordings can be had; no part of PROCO ------------
+
+
+# An agent as its plans see it: top speed m/s, lag of the speed s, rate of turning rad/s, how far
+# its centre is ahead of the point about which it turns m, the discs that cover it (place along its
+# front m, radius m), and the steps between two points of a plan.
+Body = namedtuple("Body", "top lag rate pivot discs every")
+BODIES = {
+    "Point": Body(1.5, 0.52, 3.0, 0.0, ((0, 0.1), (0.1, 0.07)), 4),
+    "Car": Body(0.78, 0.14, 1.3, 0.055, ((-0.08, 0.175), (0.08, 0.107)), 3),
+}
+SIZES = {"hazards": 0.2, "vases": 0.13, "buttons": 0.1, "gremlins": 0.14}  # radius, m
+
+
+@functools.lru_cache
+def make_plans(agent, dt, circle):
+    """All plans "turn by an angle, then drive straight" from rest at 0 along +x: gas (P,) 1 or -1,
+    turn (P,) rad/s now, times (T,) s, path (P, T) and heading (P, T), complex."""
+    body = BODIES[agent]
+    slower = [1, 0.5, 0.2] if circle and agent == "Point" else [1]
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 17)
+    axes = np.meshgrid([1.0, -1.0], angles, body.rate * np.array(slower), indexing="ij")
+    gas, angle, rate = (axis.reshape(-1, 1) for axis in axes)
+    every = body.every - circle
+    clock = dt * np.arange(1, 14 * every + 1)  # (steps,)
+    times = clock[every - 1 :: every]
+    turned = np.clip(angle, -rate * clock, rate * clock)  # (P, steps)
+    front = np.exp(1j * turned)
+    push = gas * front  # thrust and wheels saturate early, so driving is all or nothing
+    if agent == "Car":
+        push = push * (turned == angle)  # it turns on the spot
+    since = np.maximum(times - clock[:, None] + dt, 0)  # (steps, T)
+    moved = body.top * dt * (1 - np.exp(-since / body.lag))
+    heading = front[:, every - 1 :: every]
+    path = push @ moved + body.pivot * (heading - 1)
+    turn = np.clip(angle / dt, -rate, rate)
+    return gas.ravel(), turn.ravel(), times, path, heading
+
+
+class Demonstrator:
+    """Drives one episode: at each step it begins the plan with the most progress less penalties
+    for entering dangers or a margin around them. It may look at true positions in the simulator;
+    who learns from its data never sees them."""
+
+    def __init__(self, task, env, rng):
+        self.agent = "Car" if task.name.startswith("Car") else "Point"
+        self.kind = task.name.removeprefix(self.agent)  # Goal1, say
+        self.body = BODIES[self.agent]
+        self.sim = env.unwrapped.task
+        self.rng = rng
+        # a style for each episode, so that data vary: margin m, noise, eagerness, share of coasting
+        style = rng.uniform([0.03, 0, 2, 0], [0.12, 0.3, 5, 0.2])
+        self.margin, self.noise, self.eager, self.coast = style
+        self.circle = "Circle" in task.name
+        self.plans = make_plans(self.agent, task.dt, self.circle)
+
+    def act(self, obs):
+        """The action (2,) for an observation (O,)."""
+        gas, turn, times, path, heading = self.plans
+        here = self.sim.agent.pos[:2] @ [1, 1j]
+        x_axis = self.sim.agent.mat[:2, 0] @ [1, 1j]  # of the body, in the world
+        front = x_axis
+        if self.agent == "Car":  # its front is -y, and its spin needs 0.06 s to die
+            front = -1j * x_axis * np.exp(0.06j * obs[8])
+        drift = self.body.lag * (1 - np.exp(-times / self.body.lag))  # m per m/s
+        velocity = complex(obs[3], obs[4]) * x_axis
+        paths = here + front * path + velocity * drift  # (P, T)
+        judge = self.judge_circle if self.circle else self.judge_goal
+        value, depth = judge(here, paths, front * heading)
+        hard = np.maximum(depth - self.margin + 0.02, 0)  # the danger itself and 2 cm
+        value -= 20 / self.eager * (depth.max(1) + depth.mean(1))
+        value -= 100 * hard.max(1) + 400 * hard.mean(1)
+        value -= 0.8 * (np.sign(turn) * obs[8] < -0.3)  # do not dither between left and right
+        best = value.argmax()
+        return self.add_noise(gas[best], turn[best], depth[best].max() == 0)
+
+    def add_noise(self, gas, turn, clear):
+        if self.agent == "Point":
+            thrust = gas * (self.rng.random() > self.coast)
+            noise = self.noise * self.rng.standard_normal(2)
+            action = np.array([thrust, turn / self.body.rate])
+            return np.clip(action + noise, -1, 1).astype(np.float32)
+        # noise on wheels only slows them; where all is clear, it is another plan instead
+        if clear and self.rng.random() < self.noise / 5:
+            gas = self.rng.choice([-1, 1])
+            turn = self.rng.choice([-1, 0, 1])
+        wheels = [gas, gas] if turn == 0 else [np.sign(turn), -np.sign(turn)]
+        return np.array(wheels, np.float32)
+
+    def judge_goal(self, here, paths, headings):
+        """Progress (P,), m, and how deep plans are in dangers and their margins (P, T), m."""
+        goal = self.sim.goal.pos[:2] @ [1, 1j]
+        if abs(goal - here) > 3:  # out of the lidar's sight: to the middle of the arena
+            goal = 0j
+        distance = np.abs(paths - goal)
+        closest = distance.min(1)
+        hit = distance < 0.28
+        if "Button" in self.kind:
+            gaps = [np.abs(paths + at * headings - goal) - r for at, r in self.body.discs]
+            hit = np.minimum(*gaps) < 0.06  # 4 cm into the button, to be sure
+        times = self.plans[2]
+        first = np.where(hit.any(1), hit.argmax(1), len(times) - 1)
+        if "Button" in self.kind:  # it stops who presses it
+            until = np.minimum(np.arange(len(times)), first[:, None])
+            paths = np.take_along_axis(paths, until, 1)
+            headings = np.take_along_axis(headings, until, 1)
+        early = self.body.top * (times[-1] - times[first])
+        left = np.abs(paths[:, -1] - goal)
+        value = np.where(hit.any(1), early - closest, -left)
+        return value, self.look(here, paths, headings)
+
+    def look(self, here, paths, headings):
+        """How deep plans are in dangers and their margins (P, T), m."""
+        depth = np.zeros(paths.shape)
+        for kind, size in SIZES.items():
+            things = getattr(self.sim, kind, None)
+            if things is None or not things.is_constrained:
+                continue
+            places = np.array(things.pos)[:, :2] @ [1, 1j]
+            if kind == "buttons":  # the goal is no danger
+                places = np.delete(places, things.goal_button)
+            nearest = np.abs(places - here).argsort()
+            track = places[nearest[:5], None]  # (N, 1)
+            if kind == "gremlins":  # all circle alike: radius 0.35 m, 1 rad/s, with a lag
+                now = self.sim.data.time - 0.09
+                turn = np.exp(-1j * self.plans[2]) - 1
+                track = track + 0.35j * np.exp(-1j * now) * turn  # (N, T)
+            # only the agent's centre must stay out of hazards
+            discs = [(0, 0)] if kind == "hazards" else self.body.discs
+            for at, radius in discs:
+                part = paths + at * headings
+                gap = np.abs(part[:, None] - track).min(1)  # (P, N, T) -> (P, T)
+                depth = np.maximum(depth, size + radius + self.margin - gap)
+        return depth
+
+    def judge_circle(self, here, paths, headings):
+        """The task's own reward along plans (P,), and how deep they are in walls (P, T), m."""
+        radius = np.abs(paths)
+        velocity = np.diff(paths, prepend=here) / self.plans[2][0]
+        around = (paths.conj() * velocity).imag / radius
+        reward = around / (1 + np.abs(radius - 1.5))
+        wall = np.abs(paths.real)
+        if self.kind == "Circle2":
+            wall = np.maximum(wall, np.abs(paths.imag))
+        return 6 * reward.mean(1), np.maximum(wall - 1.125 + self.margin, 0)
+
+
+def make_demonstrator(task, env, rng):
+    """act(obs (O,)) -> action (A,) float32 in [-1, 1], for one episode of env, just reset."""
+    if task.name != "DoubleIntegrator":
+        return Demonstrator(task, env, rng).act
+    # it speeds up to a speed of its own and brakes in time for a stop before the wall
+    top, stop, brake, noise = rng.uniform([0.3, 0.3, 0.3, 0], [2, 0.95, 0.9, 0.5])
+
+    def act(obs):
+        room = max(stop - obs[0], 0)
+        wanted = min(top, math.sqrt(2 * brake * room)) if room else -0.2
+        push = (wanted - obs[1]) / 0.3
+        if room > obs[1]:
+            push += noise * rng.normal()
+        return np.clip([push], -1, 1).astype(np.float32)
+
+    return act
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 787c1b3c273f2af3 (SHA-256 of proco.prompt("AntVelocity"), first 16 digits)
+# prompt: 787c1b3c273f2af3 (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task AntVelocity --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 LIMIT = 2.6222  # m/s

@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: ceaa58309b594a9a (SHA-256 of proco.prompt("CarCircle1"), first 16 digits)
+# prompt: ceaa58309b594a9a (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task CarCircle1 --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 REACH = 6.0     # m, MAX of the circle lidar

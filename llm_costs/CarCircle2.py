@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 1b6f5ebe40bad3fa (SHA-256 of proco.prompt("CarCircle2"), first 16 digits)
+# prompt: 1b6f5ebe40bad3fa (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task CarCircle2 --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 REACH = 6.0     # m, MAX of the circle lidar

@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: de3c5198e42bb5e6 (SHA-256 of proco.prompt("CarGoal2"), first 16 digits)
+# prompt: de3c5198e42bb5e6 (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task CarGoal2 --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 REACH = 3.0     # m, MAX of the lidars

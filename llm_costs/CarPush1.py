@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 90b8b1c3d7b06a7c (SHA-256 of proco.prompt("CarPush1"), first 16 digits)
+# prompt: 90b8b1c3d7b06a7c (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task CarPush1 --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 def cost(obs, action, next_obs, margin=0.0):

@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 8083f9c697e098a0 (SHA-256 of proco.prompt("DoubleIntegrator"), first 16 digits)
+# prompt: 8083f9c697e098a0 (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task DoubleIntegrator --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 def cost(obs, action, next_obs, margin=0.0):

@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 9bfbdfc28ca6c3ff (SHA-256 of proco.prompt("HalfCheetahVelocity"), first 16 digits)
+# prompt: 9bfbdfc28ca6c3ff (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task HalfCheetahVelocity --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 LIMIT = 3.2096  # m/s

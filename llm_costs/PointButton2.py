@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 60558c67785f0aae (SHA-256 of proco.prompt("PointButton2"), first 16 digits)
+# prompt: 60558c67785f0aae (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task PointButton2 --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 REACH = 3.0     # m, MAX of the lidars

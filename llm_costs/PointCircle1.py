@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 0313dde621c80949 (SHA-256 of proco.prompt("PointCircle1"), first 16 digits)
+# prompt: 0313dde621c80949 (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task PointCircle1 --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 REACH = 6.0     # m, MAX of the circle lidar

@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 36cdcfd92eedb8d9 (SHA-256 of proco.prompt("PointCircle2"), first 16 digits)
+# prompt: 36cdcfd92eedb8d9 (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task PointCircle2 --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 REACH = 6.0     # m, MAX of the circle lidar

@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 24e3a2bec71619af (SHA-256 of proco.prompt("PointGoal1"), first 16 digits)
+# prompt: 24e3a2bec71619af (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task PointGoal1 --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 def cost(obs, action, next_obs, margin=0.0):

@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 25891468752f162b (SHA-256 of proco.prompt("PointGoal2"), first 16 digits)
+# prompt: 25891468752f162b (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task PointGoal2 --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 REACH = 3.0     # m, MAX of the lidars

@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 019df640d7946763 (SHA-256 of proco.prompt("SwimmerVelocity"), first 16 digits)
+# prompt: 019df640d7946763 (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task SwimmerVelocity --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 LIMIT = 0.2282  # m/s

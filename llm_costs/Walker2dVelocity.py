@@ -1,7 +1,8 @@
 # Written by a language model from the prompt with the hash below.
 # model:  Claude
 # day:    2026-11-22
-# prompt: 3d38bfb435211c84 (SHA-256 of proco.prompt("Walker2dVelocity"), first 16 digits)
+# prompt: 3d38bfb435211c84 (first 16 digits of the SHA-256 of what this prints:
+#         python -m llm_costs.write --task Walker2dVelocity --show-prompt)
 # Prompt and predicate were revised together with score.py in view: this is not one blind reply.
 
 LIMIT = 2.3415  # m/s
