@@ -20,12 +20,12 @@ look safe everywhere, so a learner copies the drivers and crashes a little off t
 makes up the crashes that did not happen, and learns from them where safety can still be kept:
 
     1 data          D: whole episodes without a violation, recorded or demonstrated on the spot
-    2 dynamics      a probabilistic ensemble p_i(s' | s, a), learnt from D
-    3 cost          "stay out of the blue circles" -> a language model's Python predicate -> c^
-    4 roll-outs     the model driven into what did not happen: D_cf, unsafe and infeasible samples
-    5 feasibility   Q_f, V_f from D and D_cf: gamma_f^k, a violation k steps ahead is unavoidable
-    6 policy        Lagrangian TD3+BC: reward where safety can be kept, else the way back to it
-    7 acting        actor, filter (Q_f chooses) or plan (the model looks two seconds ahead)
+    2 dynamics      a probabilistic ensemble p_i(s' | s, a), learnt from D: dynamics_loss
+    3 cost          words -> language model (llm_costs/write.py) -> predicate: conservative_cost
+    4 roll-outs     the model makes D_cf, unsafe and infeasible samples: roll_out
+    5 feasibility   Q_f, V_f = gamma_f^k if a violation in k steps is unavoidable: feasibility_loss
+    6 policy        Lagrangian TD3+BC: reward where feasible, else back to safety: lagrangian_loss
+    7 acting        actor, filter (Q_f chooses) or plan (ours: the model looks 2 s ahead): plan
     9 evaluation    return and cost in the real simulator (8 is the training loop, 10 a whole run)
 
     python proco.py --task CarButton1               # from nothing to scores; results in runs/
@@ -118,13 +118,13 @@ class Config:
     eps: float = setting(0.5, "5 feasibility", "feasible is where V_f <= eps", 0.001, 0.999)
     clone_updates: int = setting(5_000, "6 policy", "of the clone, where all begin", 1, 1e9)
     feasibility_updates: int = setting(8_000, "6 policy", "of safety critics alone", 1, 1e9)
-    updates: int = setting(6_000, "6 policy", "of all; each second one of the actor", 1, 1e9)
+    updates: int = setting(6_000, "6 policy", "of safety critics; half of Q_r and actor", 1, 1e9)
     batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
     hidden: int = setting(128, "6 policy", "width of each network's two hidden layers", 2, 1e5)
     gamma: float = setting(0.99, "6 policy", "discount of the reward, a step", 0.01, 1)
-    bc_weight: float = setting(1.0, "6 policy", "of cloning (TD3+BC's 1 / alpha)", 0, 1e6)
+    bc_weight: float = setting(1.0, "6 policy", "of cloning; 0.2 is TD3+BC's own", 0, 1e6)
     plan_clone: float = setting(0.05, "7 acting", "price of leaving the clone in a plan", 0, 1e6)
-    acting: str = setting("auto", "7 acting", "actor, filter, plan, or auto: the last there is")
+    acting: str = setting("auto", "7 acting", "clone, actor, filter, plan; auto: the last known")
     eval_episodes: int = setting(20, "9 evaluation", "episodes driven in the end", 1, 1e6)
     eval_seed: int = setting(40_000, "9 evaluation", "of the first; others count up", 0, 2**31)
 
@@ -183,6 +183,7 @@ class DoubleIntegrator:
 
 def double_integrator_infeasible(x, v):
     """Where even full braking ends in the wall: arrays x (m), v (m/s) -> bool array."""
+    # |v| <= 2 stops within 20 steps of 0.1 s, so the sum of 20 speeds is the way to the stop.
     speeds = np.clip(v, 0, 2)[..., None] - DoubleIntegrator.dt * np.arange(1, 21)
     return x + DoubleIntegrator.dt * np.maximum(speeds, 0).sum(-1) >= 1
 
@@ -207,7 +208,7 @@ class Task:
     repeat: int = 1  # steps that a decision lasts
     saturation: tuple = ()  # of each action, beyond which it acts no more; () is 1 for all
     healthy: tuple = ()  # (field of the state, low, high): an episode ends beyond
-    limited: tuple = ()  # without lidars: fields that the predicate reads
+    limited: tuple = ()  # without lidars: fields that the predicate reads, drawn anew by displace
     settings: dict = dataclasses.field(default_factory=dict)  # its own defaults of Config
 
     def __post_init__(self):
@@ -273,13 +274,8 @@ def all_tasks():
     tasks = [Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **more)]
     for agent in AGENTS:
         tasks += [navigation_task(agent, kind, level) for kind in LIDARS for level in (1, 2)]
-    for robot, (
-        size,
-        actions,
-        dt,
-        limited,
-        healthy,
-    ) in ROBOTS.items():  # nothing stands around them
+    for robot, sizes in ROBOTS.items():  # nothing stands around them
+        size, actions, dt, limited, healthy = sizes
         # A violation is seldom announced, so gamma_f is short and eps small (assets/RESULTS.md).
         more = {"limited": limited, "healthy": healthy, "settings": {"gamma_f": 0.9, "eps": 0.1}}
         name = f"{robot}Velocity"
@@ -348,8 +344,8 @@ def own_motion(before, after, task):
 
 def encode(obs, task, last=None):
     """The state that all networks see: obs (..., O), the state a step ago, if any -> (..., S).
-    # DEVIATION: PROCO learns on observations; every model of lidar bins that we tried was worse
-    than "nothing changes", since distances hide behind kinks there that turn with the agent."""
+    # ASSUMED: every model of lidar bins that we tried was worse than "nothing changes": a bin is no
+    smooth function of a distance and a heading."""
     obs = torch.as_tensor(obs, dtype=torch.float32)
     own = obs[..., list(task.sensors)]
     if not task.lidars:
@@ -372,15 +368,15 @@ def encode(obs, task, last=None):
 
 
 def remember(state, last, task):
-    """Adds to a state (..., S) what only the one a step ago tells: the velocity that all gremlins
-    share, where buttons are while they are off, and an aim that has gone out of sight."""
+    """A state (..., S) with what needs the state one step ago (last, (..., S)): the velocity that
+    all gremlins share, the places of buttons while they are off, and of an aim out of sight."""
     own, z = split(state, task)
     own_last, z_last = split(last, task)
     spin, way = own_motion(own_last, own, task)
     still = (z_last - way[..., None]) * spin[..., None]  # where what stands still is seen now
     if task.moving:
         mine = task.things("gremlins")
-        moved = z[..., None, mine] - still[..., mine, None]  # (..., N, N)
+        moved = z[..., None, mine] - still[..., mine, None]  # (..., G, G) of G gremlins: last, now
         moved = moved.gather(-1, moved.abs().argmin(-1, keepdim=True))[..., 0]
         same = (moved.abs() < 0.02) & (z_last[..., mine].abs() < 2.97)
         mean = (same * moved).sum(-1) / same.sum(-1).clamp(min=1) / task.dt
@@ -448,11 +444,12 @@ def ended(state, task):
 
 
 # ==== 1. Data: exclusively safe episodes ==========================================================
-# Every episode of D is safe from its first step to its last, so whoever learns from D alone learns
-# of no danger: all its costs are zero.
+# D has whole episodes without a recorded violation (or few: --max-episode-cost). Without PROCO its
+# costs are therefore zero. With PROCO its steps get the conservative cost of step 3 instead.
 
 CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
 DEMONSTRATOR = "v2"  # its version, in the names of the files that it made
+DEMONSTRATED = ("Goal", "Circle", "Button", "DoubleIntegrator")  # tasks that it can drive
 MIRROR = "https://huggingface.co/datasets/YYY-45/DSRL/resolve/main"  # DSRL's own host is often down
 KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
 
@@ -562,7 +559,7 @@ def collect_episode(job):
 
 def demonstrate(name, episodes):
     """The path of a file with so many episodes of the demonstrator, driven if it is not there."""
-    if "Push" in name or "Velocity" in name:
+    if not any(kind in name for kind in DEMONSTRATED):
         raise ProcoError(f"{name} has no demonstrator; it needs recordings: --data dsrl, or a file")
     path = CACHE / "demonstrator" / f"{name}-{DEMONSTRATOR}-{episodes}.hdf5"
     if not path.exists():
@@ -584,10 +581,10 @@ def find_data(cfg):
         try:
             return "dsrl", fetch_dsrl(cfg.task)
         except ProcoError as error:
-            if cfg.data == "dsrl" or "Push" in cfg.task or "Velocity" in cfg.task:
+            if cfg.data == "dsrl" or not any(kind in cfg.task for kind in DEMONSTRATED):
                 raise
             warn(f"{error}. So the scripted demonstrator makes the data")
-    if cfg.data in ("auto", "demonstrator", "driver"):
+    if cfg.data in ("auto", "demonstrator", "driver"):  # the last is its older name
         return "demonstrator", demonstrate(cfg.task, cfg.driver_episodes)
     return "file", Path(cfg.data).expanduser()
 
@@ -708,10 +705,10 @@ class Mlp(nn.Module):
 
 
 class Dynamics(nn.Module):
-    """p_i(own' | own, a) = N(own + mu_i, sigma_i^2), E members (PETS, Chua et al. 2018), of own
-    fields. Things at rest move by own_motion, in closed form, which is exact where the data never
-    were.
-    # ASSUMED: things do not act on the agent, and nothing is pushed (no contact forces)."""
+    """p_i(own' | own, a) = N(own + mu_i, sigma_i^2), E members (PETS, Chua et al. 2018), for the
+    agent's own fields (B, W). Things at rest are moved by own_motion, which needs no learning.
+    # ASSUMED: no contact forces. # DEVIATION: PETS samples; we step by the mean, sigma_i serves
+    the loss alone."""
 
     def __init__(self, task, cfg):
         super().__init__()
@@ -735,9 +732,11 @@ class Dynamics(nn.Module):
         """Mean states after so many steps of one held action: (B, S), (B, A) -> (elites, B, S)."""
         task = self.task
         members = self.elites if members is None else members
-        own, z = split(state, task)
-        turn = 1  # of things: z -> turn z + shift, and + wander if they move by themselves
-        shift = wander = 0
+        own, z = split(state, task)  # (B, W), (B, N); with members own becomes (E, B, W)
+        # After all steps a thing at z is seen at turn * z + shift, a gremlin also + wander. (E, B)
+        turn = 1
+        shift = 0
+        wander = 0
         for _ in range(steps):
             before = own
             # A roll-out must not invent speeds: own fields stay near what was recorded.
@@ -764,8 +763,8 @@ class Dynamics(nn.Module):
         return self.step(state, action, steps, self.elites[:1])[0]
 
     def foreseen(self, state):
-        """Whether the model can say what comes next: (..., S) -> (...) bool. Not where a thing is
-        redrawn because it was reached: there it is nearer than any recorded one on that side."""
+        """Whether the model can say what comes next: (..., S) -> (...) bool. It can't where a goal
+        has just been reached and jumps elsewhere: then it is nearer than any in D on that side."""
         z = nearest(state, self.task)
         kind = torch.arange(z.shape[-1], device=z.device)
         return (z.abs() >= self.closest[kind, sector(z)]).all(-1)
@@ -788,9 +787,8 @@ def jumped(state, following, task, steps=1):
 
 
 def redrawn_within(state, following, task):
-    """At what distance things are redrawn because they were reached, by kind and side: (K, 16), m;
-    0 for kinds that never jump when nearest; gremlins do, but from anywhere, as an episode
-    begins."""
+    """The distance at which a thing is reached and jumps to a new place: (K, 16), m, for each
+    kind and sector; 0 for kinds that never jump when they are near. Read from the jumps in D."""
     z = nearest(state, task)
     jump = jumped(state, following, task)
     closest = torch.zeros(z.shape[-1], BINS, device=z.device)
@@ -913,8 +911,8 @@ def print_report(report, margin):
 
 
 # ==== 3. Cost: a predicate written by a language model ============================================
-# What may not happen, in words, turned into code that reads an observation: so the states of the
-# model can be judged as well as recorded ones, and D needs no labels.
+# A language model has turned a sentence into Python code (llm_costs/write.py asks it, the result is
+# llm_costs/<task>.py). The code reads observations, so it can judge states that the model invents.
 
 BARE = ("range", "len", "abs", "min", "max", "sum", "float", "int", "bool", "zip", "enumerate")
 
@@ -994,9 +992,113 @@ def model_margin(model, cost, data):
     jump = jumped(data["state"], data["next_state"], task).any(-1)
     rows = (data["held_out"] & (data["distance"] < 0.5) & ~jump).nonzero()[:20_000, 0]
     state, action, distance = (data[key][rows] for key in ("state", "action", "distance"))
+    if not len(rows):
+        warn("no held-out step is within 0.5 of danger: the margin is 0.05, not measured")
+        return 0.05
     guess = model.best(state, action)
     error = (danger_distance(cost, task, state, action, guess) - distance).abs()
-    return max(float(error.quantile(0.99)) if len(rows) else 0.05, 0.02 if task.lidars else 0.0)
+    return max(float(error.quantile(0.99)), 0.02 if task.lidars else 0.0)
+
+
+# ==== The agent: what steps 4 to 7 learn ==========================================================
+
+
+def around(proposal, task, levels=(-1.0, 0.0, 1.0)):
+    """A fixed list of actions, the proposal first: (B, A) -> (M, B, A). Up to two numbers: the grid
+    of levels, without 0 where all forces are clamped (no wheels off in D); more: one changed by
+    0.5."""
+    if task.act_dim > 2:
+        change = 0.5 * torch.eye(task.act_dim, device=proposal.device)
+        grid = (proposal + torch.cat([change, -change])[:, None]).clamp(-1, 1)  # (2 A, B, A)
+    else:
+        levels = (-1.0, 1.0) if (task.full < 1).all() else levels
+        axis = torch.tensor(levels, device=proposal.device)
+        grid = torch.cartesian_prod(*[axis] * task.act_dim).view(-1, 1, task.act_dim)
+    return torch.cat([proposal[None], grid.expand(-1, *proposal.shape)])
+
+
+def pick(choice, index):
+    """One of M for each row: choice (M, B, A), index (B,) -> (B, A)."""
+    return choice[index, torch.arange(len(index), device=index.device)]
+
+
+class Agent(nn.Module):
+    """All that a run learns, and how it acts. Networks see features(state)."""
+
+    def __init__(self, task, cfg, model=None, cost=None, margin=0.0):
+        super().__init__()
+        self.task = task
+        self.cfg = cfg
+        self.eps = cfg.eps
+        self.model = model
+        self.cost = cost
+        self.margin = margin
+        self.register_buffer("mean", torch.zeros(task.own_dim))  # of own fields in D
+        self.register_buffer("std", torch.ones(task.own_dim))
+        self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
+        self.register_buffer("q_scale", torch.tensor(1.0))  # mean |Q_r| on D
+        self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
+        width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
+        both = width + task.act_dim
+        self.actor = Mlp(width, cfg.hidden, task.act_dim)  # a = tanh(net(x))
+        self.clone = copy.deepcopy(self.actor)  # the cloned policy, as it was
+        self.q_r = Mlp(both, cfg.hidden, 1, 2)  # twin reward critics
+        self.q_r_slow = copy.deepcopy(self.q_r).requires_grad_(False)  # for targets
+        self.q_s = Mlp(both, cfg.hidden, 2, 2)  # twins of (Q_f, Q_c), both in [0, 1]
+        self.v_s = Mlp(width, cfg.hidden, 2)  # the least an action makes of them
+
+    def features(self, state):
+        """What networks see: (..., S) -> (..., F), with each thing's distance, and how near it
+        is."""
+        own, z = split(state, self.task)
+        if self.task.moving:  # the goal's own button is no danger: it is moved out of sight
+            buttons = z[..., self.task.things("buttons")]
+            goal = (buttons - z[..., self.task.things("goal")]).abs() < 0.2
+            z[..., self.task.things("buttons")] = torch.where(goal, 3.0, buttons)
+        distance = z.abs()
+        parts = [(own - self.mean) / self.std, torch.view_as_real(z).flatten(-2), distance]
+        parts += [2 * torch.exp(-3 * distance), 8 * torch.exp(-10 * distance)]
+        if self.task.things("circle"):  # the compass turns what is seen into the world
+            place = 2 * z[..., 0] * torch.complex(own[..., 4], own[..., 3])
+            parts.append(torch.view_as_real(place))
+        return torch.cat(parts, -1)
+
+    def propose(self, x):
+        """The bare actor: x (B, F) -> (B, A) in [-1, 1]."""
+        return torch.tanh(self.actor(x)[0])
+
+    def imitate(self, x):
+        """The cloned policy: x (B, F) -> (B, A) in [-1, 1]."""
+        return torch.tanh(self.clone(x)[0])
+
+    def danger(self, x, actions):
+        """The worse of the twins' Q_f and Q_c: x (B, F), actions (..., B, A) -> (..., B, 2)."""
+        inputs = torch.cat([x.expand(*actions.shape[:-1], -1), actions], -1)
+        return self.q_s(inputs.flatten(0, -2)).amax(0).unflatten(0, inputs.shape[:-1])
+
+    @torch.inference_mode()
+    def feasibility(self, state):
+        """V_f of states: (B, S) -> array (B,) in [0, 1]; feasible where it is <= self.eps."""
+        state = torch.as_tensor(state, device=self.mean.device)
+        return self.v_s(self.features(state))[0, :, 0].clamp(0, 1).cpu().numpy()
+
+    def candidates(self, x):
+        """The actions that acting chooses from, a fixed list: x (B, F) -> (M, B, A)."""
+        return torch.cat([around(self.propose(x), self.task), self.imitate(x)[None]])
+
+    def filter(self, x):
+        """Of the candidates the nearest to the proposal with Q_f <= eps, else the least Q_c."""
+        choice = self.candidates(x)
+        q_f, q_c = self.danger(x, choice).unbind(-1)  # (M, B)
+        away = (choice - self.propose(x)).square().sum(-1)
+        away = torch.where(q_f <= self.eps, away, math.inf)
+        best = torch.where(away.amin(0) < math.inf, away.argmin(0), q_c.argmin(0))
+        return pick(choice, best)
+
+    def start(self, seeds, acting="auto"):
+        """A Policy for len(seeds) episodes; acting is one of `ways` (step 7). The seeds themselves
+        are for a fork whose policy is random."""
+        return Policy(self, acting)
 
 
 # ==== 4. Counterfactual roll-outs: what did not happen ============================================
@@ -1056,9 +1158,9 @@ def behave(agent, state, held, noise):
 @torch.no_grad()
 def roll_out(agent, starts, generator):
     """D_cf: drives the model from starts (B, S) -> {state, action, next_state, cost (B, k), ...},
-    one elite each, by its mean: with noise on all places, the nearest looks too near. Cut is what
-    the elites disagree on, what follows an end or a redrawn goal, LINGER steps after a
-    violation."""
+    each row by the mean of one elite. # DEVIATION: no sampling; noise on all places would make the
+    nearest thing look too near. A row ends where elites disagree, an episode ends or a goal is
+    redrawn, and LINGER steps after its first violation."""
     task = agent.task
     model = agent.model
     count = len(starts)
@@ -1101,104 +1203,8 @@ def roll_out(agent, starts, generator):
 
 
 # ==== 5. Feasibility: which states and actions still allow safety =================================
-# V_f(s) = gamma_f^k: a violation k steps ahead that nobody can avoid any more; V_f(s) = 0: somebody
-# can stay safe for ever. A state is feasible where V_f <= eps.
-
-
-class Agent(nn.Module):
-    """All that a run learns, and how it acts. Networks see features(state)."""
-
-    def __init__(self, task, cfg, model=None, cost=None, margin=0.0):
-        super().__init__()
-        self.task = task
-        self.cfg = cfg
-        self.eps = cfg.eps
-        self.model = model
-        self.cost = cost
-        self.margin = margin
-        self.register_buffer("mean", torch.zeros(task.own_dim))  # of own fields in D
-        self.register_buffer("std", torch.ones(task.own_dim))
-        self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
-        self.register_buffer("q_scale", torch.tensor(1.0))  # mean |Q_r| on D
-        self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
-        width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
-        both = width + task.act_dim
-        self.actor = Mlp(width, cfg.hidden, task.act_dim)  # a = tanh(net(x))
-        self.clone = copy.deepcopy(self.actor)  # the cloned policy, as it was
-        self.q_r = Mlp(both, cfg.hidden, 1, 2)  # twin reward critics
-        self.q_r_slow = copy.deepcopy(self.q_r).requires_grad_(False)  # for targets
-        self.q_s = Mlp(both, cfg.hidden, 2, 2)  # twins of (Q_f, Q_c), both in [0, 1]
-        self.v_s = Mlp(width, cfg.hidden, 2)  # the least an action makes of them
-
-    def features(self, state):
-        """What networks see: (..., S) -> (..., F), with each thing's distance, and how near it
-        is."""
-        own, z = split(state, self.task)
-        if self.task.moving:  # the goal's own button is no danger: it is moved out of sight
-            mine = (z[..., :4] - z[..., self.task.things("goal")]).abs() < 0.2
-            z = torch.cat([torch.where(mine, 3.0, z[..., :4]), z[..., 4:]], -1)
-        distance = z.abs()
-        parts = [(own - self.mean) / self.std, torch.view_as_real(z).flatten(-2), distance]
-        parts += [2 * torch.exp(-3 * distance), 8 * torch.exp(-10 * distance)]
-        if self.task.things("circle"):  # the compass turns what is seen into the world
-            place = 2 * z[..., 0] * torch.complex(own[..., 4], own[..., 3])
-            parts.append(torch.view_as_real(place))
-        return torch.cat(parts, -1)
-
-    def propose(self, x):
-        """The bare actor: x (B, F) -> (B, A) in [-1, 1]."""
-        return torch.tanh(self.actor(x)[0])
-
-    def imitate(self, x):
-        """The cloned policy: x (B, F) -> (B, A) in [-1, 1]."""
-        return torch.tanh(self.clone(x)[0])
-
-    def danger(self, x, actions):
-        """The worse of the twins' Q_f and Q_c: x (B, F), actions (..., B, A) -> (..., B, 2)."""
-        inputs = torch.cat([x.expand(*actions.shape[:-1], -1), actions], -1)
-        return self.q_s(inputs.flatten(0, -2)).amax(0).unflatten(0, inputs.shape[:-1])
-
-    @torch.inference_mode()
-    def feasibility(self, state):
-        """V_f of states: (B, S) -> array (B,) in [0, 1]; feasible where it is <= self.eps."""
-        state = torch.as_tensor(state, device=self.mean.device)
-        return self.v_s(self.features(state))[0, :, 0].clamp(0, 1).cpu().numpy()
-
-    def candidates(self, x):
-        """The actions that acting chooses from, a fixed list: x (B, F) -> (M, B, A)."""
-        return torch.cat([around(self.propose(x), self.task), self.imitate(x)[None]])
-
-    def filter(self, x):
-        """Of the candidates the nearest to the proposal with Q_f <= eps, else the least Q_c."""
-        choice = self.candidates(x)
-        q_f, q_c = self.danger(x, choice).unbind(-1)  # (M, B)
-        away = (choice - self.propose(x)).square().sum(-1)
-        away = torch.where(q_f <= self.eps, away, math.inf)
-        best = torch.where(away.amin(0) < math.inf, away.argmin(0), q_c.argmin(0))
-        return pick(choice, best)
-
-    def start(self, seeds, acting="auto"):
-        """A Policy for a batch of episodes, one for each seed, acting in one of `ways`."""
-        return Policy(self, acting)
-
-
-def around(proposal, task, levels=(-1.0, 0.0, 1.0)):
-    """A fixed list of actions, the proposal first: (B, A) -> (M, B, A). Up to two numbers: the grid
-    of levels, without 0 where all forces are clamped (no wheels off in D); more: one changed by
-    0.5."""
-    if task.act_dim > 2:
-        change = 0.5 * torch.eye(task.act_dim, device=proposal.device)
-        grid = (proposal + torch.cat([change, -change])[:, None]).clamp(-1, 1)  # (2 A, B, A)
-    else:
-        levels = (-1.0, 1.0) if (task.full < 1).all() else levels
-        axis = torch.tensor(levels, device=proposal.device)
-        grid = torch.cartesian_prod(*[axis] * task.act_dim).view(-1, 1, task.act_dim)
-    return torch.cat([proposal[None], grid.expand(-1, *proposal.shape)])
-
-
-def pick(choice, index):
-    """One of M for each row: choice (M, B, A), index (B,) -> (B, A)."""
-    return choice[index, torch.arange(len(index), device=index.device)]
+# V_f(s) = gamma_f^k if even the safest policy violates after k steps, and 0 if some policy never
+# violates. A state is called feasible where V_f <= eps.
 
 
 def feasibility_loss(agent, rows):
@@ -1228,14 +1234,16 @@ def feasibility_loss(agent, rows):
 
 
 # ==== 6. Policy: an offline algorithm, on D and, with PROCO, on D_cf ==============================
-# All algorithms share networks, data, decisions, updates and schedules; they differ in one loss.
+# All algorithms share networks, D, decisions, number of updates and rates, and one safety critic
+# (DEVIATION: for CPQ, too). They differ in the actor's loss; CPQ also in both critics'. PROCO's
+# updates see D_cf beside D, so twice the rows.
 
 CPQ_LIMIT = 0.1  # ASSUMED: Q_c above which CPQ calls an action unsafe
 
 
 def with_counterfactuals(d, cf):
-    """What PROCO adds to an algorithm, all of it: beside rows of D, rows of D_cf. They get driver,
-    whom to follow, and trust, how far: where nobody drove, the clone, at half the weight.
+    """Rows of D and, with PROCO, of D_cf. Two keys are new: driver (B, A), the action to clone, and
+    trust (B,), the weight of cloning it. In D_cf nobody drove: it is the cloned policy's, at 0.5.
     # ASSUMED: else the actor follows Q_r's errors, and PointCircle1 fell from 48 to 32."""
     rows = d | {"driver": d["action"], "trust": torch.ones_like(d["done"])}
     if cf is None:
@@ -1290,10 +1298,10 @@ def actor_loss(agent, rows):
 def lagrangian_loss(agent, x, pi, td3bc):
     """Lagrangian TD3+BC -> (loss, mean violation).
 
-        feasible states:    -Q_r / |Q_r| + (pi - a)^2 + lambda max(Q_f(s, pi) - eps, 0)
-        infeasible states:  Q_c(s, pi), the way back
+        feasible states:    -Q_r / |Q_r| + 2 bc_weight (pi - a)^2 + lambda max(Q_f(s, pi) - eps, 0)
+        infeasible states:  20 Q_c(s, pi), the way back
 
-    # DEVIATION: the constraint is a hinge. With Q_f - eps itself the many states that satisfy it
+    # ASSUMED: the constraint is a hinge. With Q_f - eps itself the many states that satisfy it
     pay for the few that break it, and lambda fell to zero."""
     q_f, q_c = agent.q_s(torch.cat([x, pi], -1)).amax(0).unbind(-1)
     feasible = agent.v_s(x)[0, :, 0].detach() <= agent.eps
@@ -1356,14 +1364,14 @@ def ways(task, cfg):
     """The ways in which an agent can act, the default one last."""
     if cfg.counterfactual and task.lidars:
         return ["clone", "actor", "filter", "plan"]
-    # A run (velocity) is no matter of places: held actions leave the record at once, so no plan.
+    # No plan without lidars: a robot that holds one action soon leaves the states in D.
     safe = cfg.counterfactual or cfg.algorithm == "fisor"
     return ["clone", "actor", "filter"] if safe else ["clone", "actor"]
 
 
 def in_full(action, task):
-    """The sign of forces that are clamped, (B, A) -> (B, A): between left and right a clone is near
-    0, and a plan that is paid for being near 0 stands still."""
+    """Actions (B, A), with 1 or -1 for each force that the simulator clamps. A clone that averages
+    left and right gives about 0; a plan that has to stay near 0 would stand still."""
     clamped = torch.as_tensor(task.full < 1, device=action.device)
     return torch.where(clamped, 1 - 2.0 * (action < 0), action)
 
@@ -1372,11 +1380,12 @@ def in_full(action, task):
 def plan(agent, state):
     """The policy with look-ahead: state (B, S) -> (B, A), the first action of the plan with most
 
-        sum over t of  -gamma^kt plan_clone (a - clone)^2 - 100 * 0.9^t (c^ + 0.1 [V_f > eps])
-        + gamma^kT Q_r(s_T) / |Q_r|, or, where a goal is reached, what that is worth
+        sum over t of  -gamma^kt plan_clone (a - clone)^2 - 100 * 0.9^t (c + 0.1 [V_f > eps])
+        + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached, what that is worth
 
-    # DEVIATION: PROCO does not plan. But steering around a hazard is no smooth function of a state:
-    actors of ours drove over hazards or, filtered, came to rest before them."""
+    Only the best elite is asked; c is the predicate with the margin, not its maximum over elites.
+    # DEVIATION: the abstract names no planner; compare methods by "actor" where that matters. Our
+    actors drove over hazards or, filtered, came to rest before them."""
     task = agent.task
     cfg = agent.cfg
     model = agent.model
@@ -1625,7 +1634,7 @@ def train(training, data, save):
                     agent.actor.load_state_dict(agent.clone.state_dict())
                 if cfg.counterfactual and cfg.horizon and (step - clone_end) % every == 0:
                     kept["cf"] = add_round(kept["cf"], states, near, agent, generator)
-                # Rates are constant, then fall to nothing.
+                # Rates fall linearly over the last half: before the first actor update, by default.
                 share = min(1, 2 * (total - step) / (alone + rest))
                 policy = step >= clone_end + alone and step % 2 == 0
                 logs = update(agent, optimisers, d, kept["cf"], policy, generator, share)
@@ -1769,12 +1778,12 @@ def drive(job):
     return rows
 
 
-def evaluate(path, cfg, ways):
-    """Drives the agent of a checkpoint in each of the ways -> {way: its episodes, by seed}."""
+def evaluate(path, cfg, chosen):
+    """Drives the agent of a checkpoint in each chosen way -> {way: its episodes, by seed}."""
     seeds = range(cfg.eval_seed, cfg.eval_seed + cfg.eval_episodes)
     shares = [seeds[n::CORES] for n in range(min(CORES, len(seeds)))]
-    jobs = [(path, way, share, share is shares[0]) for way in ways for share in shares]
-    driven = {way: [] for way in ways}
+    jobs = [(path, way, share, share is shares[0]) for way in chosen for share in shares]
+    driven = {way: [] for way in chosen}
     for rows in in_parallel(drive, jobs):
         driven[rows[0]["acting"]] += rows
     for rows in driven.values():
@@ -2060,8 +2069,9 @@ def draw_report(path, agent, driven):
         axes.set(xlabel="x, m", ylabel="y, m", aspect="equal")
     else:
         state = torch.as_tensor(np.stack([x, y], -1).reshape(-1, 2), dtype=torch.float32)
-        axes.contour(x, y, double_integrator_infeasible(x, y), [0.5], linestyles="--")
-        axes.set(xlabel="position, m (wall: 1; dashed: closed form)", ylabel="velocity, m/s")
+        if task.name == "DoubleIntegrator":
+            axes.contour(x, y, double_integrator_infeasible(x, y), [0.5], linestyles="--")
+        axes.set(xlabel="first field (dashed: closed form)", ylabel="second field")
     v_f = agent.feasibility(state).reshape(x.shape)
     mesh = axes.pcolormesh(x, y, v_f, cmap="cividis", vmin=0, vmax=1, rasterized=True)
     axes.contour(x, y, v_f, [agent.eps], colors="white")

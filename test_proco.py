@@ -3632,5 +3632,31 @@ def test_layout_and_lint():
         assert max(map(len, lines)) <= 100
 
 
+# ==== The README ==================================================================================
+
+
+def readme():
+    return (proco.HERE / "README.md").read_text("utf-8")
+
+
+def test_the_readme_is_short_and_names_what_there_is():
+    assert len(readme().encode()) <= 8192
+    table = readme().split("## From step to function")[1].split("##")[0]
+    names = re.findall(r"`([\w.]+)`", table)
+    assert len(names) > 20
+    for name in names:
+        found = proco
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+def test_the_readmes_example_of_a_fork_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", readme(), re.DOTALL)[1]
+    command = [sys.executable, "-c", code]
+    surroundings = os.environ | {"PYTHONPATH": str(proco.HERE)}
+    subprocess.run(command, cwd=tmp_path, env=surroundings, check=True, timeout=120)
+    assert (tmp_path / "runs/Cart/proco/seed0/results.json").exists()
+
+
 if __name__ == "__main__":
     sys.exit(main())
