@@ -1720,13 +1720,14 @@ def in_parallel(function, jobs):
     """function(job) for each job, in a process for each core -> results, in the jobs' order."""
     # Forked where that is safe: then a script that calls run() needs no __main__ guard.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    others = multiprocessing.active_children()  # of whoever uses this file as a library
     pool = ProcessPoolExecutor(min(CORES, len(jobs)), context, begin_worker, (os.getpid(),))
     try:
         yield from pool.map(function, jobs)
     except BrokenProcessPool:
         raise ProcoError("a worker process ended by itself; is there too little memory?") from None
     finally:
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()).difference(others):
             child.kill()
         pool.shutdown(cancel_futures=True)
 
