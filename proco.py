@@ -25,7 +25,7 @@ makes up the crashes that did not happen, and learns from them where safety can 
     4 roll-outs     the model makes D_cf, unsafe and infeasible samples: roll_out
     5 feasibility   Q_f, V_f = gamma_f^k if a violation in k steps is unavoidable: feasibility_loss
     6 policy        Lagrangian TD3+BC: reward where feasible, else back to safety: lagrangian_loss
-    7 acting        actor, filter (Q_f chooses) or plan (ours: the model looks 2 s ahead): plan
+    7 acting        actor, filter (Q_f chooses) or plan (ours: the model looks ahead): plan
     9 evaluation    return and cost in the real simulator (8 is the training loop, 10 a whole run)
 
     python proco.py --task CarButton1               # from nothing to scores; results in runs/
@@ -123,7 +123,7 @@ class Config:
     hidden: int = setting(128, "6 policy", "width of each network's two hidden layers", 2, 1e5)
     gamma: float = setting(0.99, "6 policy", "discount of the reward, a step", 0.01, 1)
     bc_weight: float = setting(1.0, "6 policy", "of cloning; 0.2 is TD3+BC's own", 0, 1e6)
-    plan_clone: float = setting(0.05, "7 acting", "price of leaving the clone in a plan", 0, 1e6)
+    plan_clone: float = setting(0.01, "7 acting", "price of leaving the clone in a plan", 0, 1e6)
     acting: str = setting("auto", "7 acting", "clone, actor, filter, plan; auto: the last known")
     eval_episodes: int = setting(20, "9 evaluation", "episodes driven in the end", 1, 1e6)
     eval_seed: int = setting(40_000, "9 evaluation", "of the first; others count up", 0, 2**31)
@@ -1036,6 +1036,7 @@ class Agent(nn.Module):
         self.register_buffer("mean", torch.zeros(task.own_dim))  # of own fields in D
         self.register_buffer("std", torch.ones(task.own_dim))
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
+        self.register_buffer("clone_error", torch.ones(task.act_dim))  # mean square, on D
         self.register_buffer("q_scale", torch.tensor(1.0))  # mean |Q_r| on D
         self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
         width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
@@ -1070,6 +1071,10 @@ class Agent(nn.Module):
     def imitate(self, x):
         """The cloned policy: x (B, F) -> (B, A) in [-1, 1]."""
         return torch.tanh(self.clone(x)[0])
+
+    def worth(self, x, action):
+        """The lesser of the twins' Q_r: x (B, F), action (B, A) -> (B,)."""
+        return self.q_r(torch.cat([x, action], -1)).amin(0)[:, 0]
 
     def danger(self, x, actions):
         """The worse of the twins' Q_f and Q_c: x (B, F), actions (..., B, A) -> (..., B, 2)."""
@@ -1326,8 +1331,7 @@ def fisor_loss(agent, rows, pi, clone):
     with torch.no_grad():
         x = rows["x"]
         driven = torch.cat([x, rows["driver"]], -1)
-        worth = agent.q_r(torch.cat([x, pi], -1)).amin(0)[:, 0]
-        better = (agent.q_r(driven).amin(0)[:, 0] - worth) / agent.q_scale
+        better = (agent.worth(x, rows["driver"]) - agent.worth(x, pi)) / agent.q_scale
         allowed = agent.q_s(driven).amax(0)[:, 0] <= agent.eps
         v_f, v_c = agent.v_s(x)[0].unbind(-1)
         back = (20 * (v_c - agent.danger(x, rows["action"])[:, 1])).exp().clamp(max=20)
@@ -1356,7 +1360,7 @@ def cpq_penalty(agent, d, generator):
 # ==== 7. Acting: actor, filter or plan ============================================================
 
 HOLD = (1, 3, 5, 8)  # decisions for which a plan holds its first action; then the actor drives
-LOOK_AHEAD = 16  # decisions that a plan lasts: with 8, agents wait before what they must go around
+LOOK_AHEAD = 14  # decisions that a plan lasts; with 8, waiting moved danger behind the horizon
 PRICE = 100.0  # of an unsafe state on a plan's way; a tenth of it for one that V_f calls infeasible
 
 
@@ -1380,12 +1384,13 @@ def in_full(action, task):
 def plan(agent, state):
     """The policy with look-ahead: state (B, S) -> (B, A), the first action of the plan with most
 
-        sum over t of  -gamma^kt plan_clone (a - clone)^2 - 100 * 0.9^t (c + 0.1 [V_f > eps])
+        sum over t of  gamma^kt (min(Q_r(s, a) - Q_r(s, pi), 0) / |Q_r| - plan_clone |a - clone|^2)
+        - 100 * 0.9^t (c + 0.1 [V_f > eps])
         + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached, what that is worth
 
-    Only the best elite is asked; c is the predicate with the margin, not its maximum over elites.
-    # DEVIATION: the abstract names no planner; compare methods by "actor" where that matters. Our
-    actors drove over hazards or, filtered, came to rest before them."""
+    |.|^2 is in units of the clone's own error on D; c is the predicate with the margin, of the best
+    elite. # DEVIATION: the abstract names no planner. But steering around a hazard is no smooth
+    function of a state: actors of ours drove over hazards or, filtered, stopped before them."""
     task = agent.task
     cfg = agent.cfg
     model = agent.model
@@ -1401,21 +1406,23 @@ def plan(agent, state):
     x = x.repeat(copies, 1)
     weight = torch.ones_like(score)
     for t in range(LOOK_AHEAD):
-        action = torch.where(t < hold, first, agent.propose(x))
-        away = (action - in_full(agent.imitate(x), task)).square().mean(-1)
+        proposal = agent.propose(x)
+        action = torch.where(t < hold, first, proposal)
+        away = (action - in_full(agent.imitate(x), task)).square() / agent.clone_error
+        # Without what is lost on the way, a plan that always starts in a moment looks as good.
+        lost = (agent.worth(x, proposal) - agent.worth(x, action)).clamp(min=0)
         there = model.best(here, action, task.repeat)
         known = model.foreseen(there)
-        earned = torch.where(known, 0, agent.reached / agent.q_scale)
-        score = score + weight * (earned - cfg.plan_clone * away)
+        earned = torch.where(known, 0, agent.reached) - lost
+        score = score + weight * (earned / agent.q_scale - cfg.plan_clone * away.mean(-1))
         weight = weight * cfg.gamma**task.repeat * known  # danger counts behind a goal, too
         x = agent.features(there)
         unsafe = judge(agent.cost, task, here, action, there, agent.margin)
         infeasible = agent.v_s(x)[0, :, 0] > agent.eps
         score = score - PRICE * 0.9**t * (unsafe + 0.1 * infeasible)
         here = there
-    worth = agent.q_r(torch.cat([x, agent.propose(x)], -1)).amin(0)[:, 0]
-    score = (score + weight * worth / agent.q_scale).view(copies, -1)
-    return pick(choice, score.argmax(0) % len(choice))
+    score = score + weight * agent.worth(x, agent.propose(x)) / agent.q_scale
+    return pick(choice, score.view(copies, -1).argmax(0) % len(choice))
 
 
 class Policy:
@@ -1632,6 +1639,8 @@ def train(training, data, save):
             else:
                 if step == clone_end:
                     agent.actor.load_state_dict(agent.clone.state_dict())
+                    error = in_full(agent.imitate(d["x"]), agent.task) - d["action"]
+                    agent.clone_error = error.detach().square().mean(0).clamp(min=1e-4)
                 if cfg.counterfactual and cfg.horizon and (step - clone_end) % every == 0:
                     kept["cf"] = add_round(kept["cf"], states, near, agent, generator)
                 # Rates fall linearly over the last half: before the first actor update, by default.
@@ -1822,7 +1831,7 @@ def print_scores(title, scores):
 
 FORMAT = 10  # of checkpoints, to be raised when older ones can't be read
 WARNINGS = []  # where the program went another way than the reader may expect
-EVALUATION = ("acting", "eval_episodes", "eval_seed")
+EVALUATION = ("acting", "plan_clone", "eval_episodes", "eval_seed")
 HARMLESS = ("out", "device", "cost", *EVALUATION)  # settings that change no weights
 
 
