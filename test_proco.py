@@ -414,7 +414,7 @@ def stock_seconds(path, episodes):
     return float(done.stdout.split()[-1]) / episodes
 
 
-def bench_driving(rounds=3, episodes=20, stock_episodes=2, method="proco"):
+def bench_driving(rounds=3, episodes=10, stock_episodes=2, method="proco"):
     """Prints how much faster CarButton1 is driven than with the stock simulator -> ratio."""
     with tempfile.TemporaryDirectory() as out:
         short = {"scale": 0.02, "driver_episodes": 4, "eval_episodes": 2, "data": "demonstrator"}
