@@ -1829,7 +1829,7 @@ def print_scores(title, scores):
 
 # ==== 10. A run: from data to results =============================================================
 
-FORMAT = 10  # of checkpoints, to be raised when older ones can't be read
+FORMAT = 11  # of checkpoints, to be raised when older ones can't be read
 WARNINGS = []  # where the program went another way than the reader may expect
 EVALUATION = ("acting", "plan_clone", "eval_episodes", "eval_seed")
 HARMLESS = ("out", "device", "cost", *EVALUATION)  # settings that change no weights
