@@ -1999,6 +1999,7 @@ def run(cfg, resume=False):
         part.unlink(missing_ok=True)
     d = to_device(arrays, task, device)
     measure_distances(d, cost, task)
+    print(f"2-6 training on {device}, {torch.get_num_threads()} threads")
     training = begin_training(cfg, task, d, cost, saved)
     kept = training.kept
     seconds = kept["seconds"]
@@ -2017,6 +2018,7 @@ def run(cfg, resume=False):
     content = {"task": cfg.task, "method": cfg.method, "seed": cfg.seed, "identity": identity}
     content |= {"settings": identity["settings"], "data": facts, "dynamics": kept["report"]}
     content |= {"margin": kept["margin"], "timing": seconds, "versions": versions()}
+    content["device"] = device
     return finish(run_folder(cfg), training, driven, content)
 
 

@@ -1890,22 +1890,7 @@ def test_the_double_integrators_infeasible_set_is_found_without_a_violation_in_t
 
 # ==== The simulator is the stock one ==============================================================
 
-# what the stock simulator says, from a process of its own; the shim is all that it needs
-STOCK = """
-import dataclasses, json, sys
-import numpy as np
-
-stock_field = dataclasses._get_field
-
-def get_field(cls, name, *rest):
-    default = getattr(cls, name, None)
-    if isinstance(default, np.ndarray):
-        setattr(cls, name, dataclasses.field(default_factory=default.copy))
-    return stock_field(cls, name, *rest)
-
-dataclasses._get_field = get_field
-import safety_gymnasium
-
+STOCK_ROLL = """
 env = safety_gymnasium.make(f"Safety{sys.argv[1]}-v0")
 rows = [env.reset(seed=3)[0].tolist()]
 for action in json.loads(sys.argv[2]):
@@ -1929,7 +1914,8 @@ def roll(name, actions):
 def test_simulator_equals_stock(name):
     rng = np.random.default_rng(0)
     actions = np.repeat(rng.uniform(-1, 1, (10, 2)), 15, axis=0)
-    command = [sys.executable, "-W", "ignore", "-c", STOCK, name, json.dumps(actions.tolist())]
+    code = STOCK_SIMULATOR + STOCK_ROLL
+    command = [sys.executable, "-W", "ignore", "-c", code, name, json.dumps(actions.tolist())]
     stock = subprocess.run(command, capture_output=True, text=True, check=True)
     expected = json.loads(stock.stdout.splitlines()[-1])
     assert roll(name, actions) == expected  # to the last bit
@@ -2984,6 +2970,7 @@ def test_a_run_leaves_what_it_promises(trained):
     keys = {"task", "method", "seed", "settings", "identity", "data", "dynamics", "margin"}
     assert keys | {"timing", "versions", "eval", "acting", "warnings"} <= set(results)
     assert results["settings"] == dataclasses.asdict(trained)
+    assert results["device"] in ("cpu", "cuda")
     assert set(results["identity"]["data"]) == {"source", "rows", "hash"}
     assert list(results["acting"]) == ["clone", "actor", "filter"]
     with open(folder / "episodes.csv", newline="", encoding="utf-8") as file:
