@@ -39,17 +39,17 @@ DEVIATION: we differ. FORK: a seam to cut at.
 """
 
 import argparse
-import builtins
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -58,7 +58,6 @@ import runpy
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import namedtuple
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
@@ -75,6 +74,7 @@ from torch import nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+adam = functools.partial(torch.optim.Adam, fused=True)
 METHODS = ("bc", "td3bc", "td3bc-lag", "fisor", "cpq", "proco", "proco-fisor", "proco-cpq")
 
 
@@ -113,12 +113,12 @@ class Config:
     cost: str = setting("", "3 cost", "file of a predicate (default: llm_costs/<task>.py)")
     margin: float = setting(-1.0, "3 cost", "widens danger, m or m/s; -1: by model error", -1, 0.99)
     horizon: int = setting(36, "4 roll-outs", "steps of a roll-out; 0: no roll-outs", 0, 1e4)
-    rollouts: int = setting(40_000, "4 roll-outs", "in the whole run", 1, 1e9)
+    rollouts: int = setting(12_000, "4 roll-outs", "in the whole run", 1, 1e9)
     gamma_f: float = setting(0.97, "5 feasibility", "discount of violations, a step", 0.01, 0.9999)
     eps: float = setting(0.5, "5 feasibility", "feasible is where V_f <= eps", 0.001, 0.999)
-    clone_updates: int = setting(5_000, "6 policy", "of the clone, where all begin", 1, 1e9)
-    feasibility_updates: int = setting(8_000, "6 policy", "of safety critics alone", 1, 1e9)
-    updates: int = setting(6_000, "6 policy", "of safety critics; half of Q_r and actor", 1, 1e9)
+    clone_updates: int = setting(1_500, "6 policy", "of the clone, where all begin", 1, 1e9)
+    feasibility_updates: int = setting(2_500, "6 policy", "of safety critics alone", 1, 1e9)
+    updates: int = setting(2_000, "6 policy", "of safety critics; half of Q_r and actor", 1, 1e9)
     batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
     hidden: int = setting(128, "6 policy", "width of each network's two hidden layers", 2, 1e5)
     gamma: float = setting(0.99, "6 policy", "discount of the reward, a step", 0.01, 1)
@@ -142,15 +142,12 @@ class Config:
         if self.method not in METHODS:
             raise ProcoError(f"there is no method {self.method!r}; there are {', '.join(METHODS)}")
 
-    @property
-    def algorithm(self):
-        """The algorithm that --method runs alone, or on which it puts PROCO."""
-        return "td3bc-lag" if self.method == "proco" else self.method.removeprefix("proco-")
-
-    @property
-    def counterfactual(self):
-        """Whether PROCO is under the algorithm: a model, the conservative cost and D_cf."""
-        return self.method.startswith("proco")
+        # The algorithm, and whether PROCO is under it: a model, the conservative cost and D_cf.
+        self.algorithm = (
+            "td3bc-lag" if self.method == "proco" else self.method.removeprefix("proco-")
+        )
+        self.counterfactual = self.method.startswith("proco")
+        self.folder = Path(self.out).expanduser() / self.task / self.method / f"seed{self.seed}"
 
 
 # ==== 0. Tasks, and the state through which they are seen =========================================
@@ -214,6 +211,7 @@ class Task:
     def __post_init__(self):
         # The kind of each of the N things that the state holds, as the index of its lidar.
         self.kinds = [k for k, lidar in enumerate(self.lidars) for _ in range(lidar.count)]
+        self.nearest = [self.kinds.index(k) for k in range(len(self.lidars))]  # the first of each
         self.reach = torch.tensor([self.lidars[kind].reach for kind in self.kinds])  # (N,), m
         self.full = np.array(self.saturation or [1.0] * self.act_dim, np.float32)  # (A,)
         self.moving = bool(self.things("gremlins"))  # whether things move by themselves, all alike
@@ -249,10 +247,9 @@ ROBOTS = {  # sizes, s of a step, what is limited, documented healthy heights an
 def navigation_task(agent, kind, level):
     """The entry of a task such as Car, Button, 1."""
     start, dt, clamps = AGENTS[agent]
-    lidars = []
-    for name, count in LIDARS[kind].items():
-        lidars.append(Lidar(name, start, 6.0 if kind == "Circle" else 3.0, count))
-        start += BINS
+    reach = 6.0 if kind == "Circle" else 3.0
+    seen = enumerate(LIDARS[kind].items())
+    lidars = [Lidar(name, start + BINS * n, reach, count) for n, (name, count) in seen]
     # ASSUMED: velocity x, y, yaw rate and the two compass fields are the sensors that matter. The
     # accelerometer follows from them; the rest is constant or the Car's idle rear ball.
     sensors = (3, 4, 8, 9, 10)
@@ -261,37 +258,31 @@ def navigation_task(agent, kind, level):
     more = {"lidars": tuple(lidars), "repeat": round(0.12 / dt), "saturation": clamps}
     name = f"{agent}{kind}{level}"
     steps = 500 if kind == "Circle" else 1000
-    return Task(name, f"Safety{name}-v0", start, 2, steps, dt, sensors, **more)
+    obs_dim = start + BINS * len(lidars)
+    return Task(name, f"Safety{name}-v0", obs_dim, 2, steps, dt, sensors, **more)
 
 
-def all_tasks():
-    """The table of tasks, {name: Task}."""
-    # A line and a wall need less than a car among obstacles.
-    small = {"driver_episodes": 100, "hidden": 64, "margin": 0.005, "horizon": 21, "gamma_f": 0.98}
-    small |= {"rollouts": 20_000, "eps": 0.4, "clone_updates": 500, "feasibility_updates": 3_000}
-    small |= {"updates": 1_000, "eval_episodes": 50}
-    more = {"repeat": 3, "limited": (0,), "settings": small}
-    tasks = [Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **more)]
-    for agent in AGENTS:
-        tasks += [navigation_task(agent, kind, level) for kind in LIDARS for level in (1, 2)]
-    for robot, sizes in ROBOTS.items():  # nothing stands around them
-        size, actions, dt, limited, healthy = sizes
-        # A violation is seldom announced, so gamma_f is short and eps small (assets/RESULTS.md).
-        more = {"limited": limited, "healthy": healthy, "settings": {"gamma_f": 0.9, "eps": 0.1}}
-        name = f"{robot}Velocity"
-        more["sensors"] = range(size)
-        tasks.append(Task(name, f"Safety{name}-v1", size, actions, 1000, dt, **more))
-    return {task.name: task for task in tasks}
-
-
-TASKS = all_tasks()
+# A line and a wall need less than a car among obstacles.
+SMALL = {"driver_episodes": 100, "hidden": 64, "margin": 0.005, "horizon": 21, "gamma_f": 0.98}
+SMALL |= {"rollouts": 20_000, "eps": 0.4, "clone_updates": 500, "feasibility_updates": 3_000}
+SMALL |= {"updates": 1_000, "eval_episodes": 50}
+LINE = {"repeat": 3, "limited": (0,), "settings": SMALL}
+TASKS = {
+    "DoubleIntegrator": Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **LINE)
+}
+for row in itertools.product(AGENTS, LIDARS, (1, 2)):
+    TASKS["{}{}{}".format(*row)] = navigation_task(*row)
+for robot, (size, actions, dt, limited, healthy) in ROBOTS.items():  # nothing stands around them
+    name = f"{robot}Velocity"
+    # A violation is seldom announced, so gamma_f is short and eps small (assets/RESULTS.md).
+    more = {"limited": limited, "healthy": healthy, "settings": {"gamma_f": 0.9, "eps": 0.1}}
+    TASKS[name] = Task(name, f"Safety{name}-v1", size, actions, 1000, dt, range(size), **more)
 
 
 def get_task(name):
-    """The Task of a name. Raises ProcoError with the nearest names for one that there is not."""
+    """The entry of a task. Raises ProcoError, which names those that there are."""
     if name not in TASKS:
-        near = difflib.get_close_matches(str(name), TASKS, 3, 0.4) or list(TASKS)[:3]
-        raise ProcoError(f"there is no task {name!r}; did you mean {', '.join(near)}?")
+        raise ProcoError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -309,20 +300,15 @@ def join(own, z, task):
 
 
 def locate(bins, reach, count):
-    """Places of a lidar's nearest things, by peeling: bins (..., 16) -> x + iy in m (..., count).
-    The largest bin tells a thing's distance, its neighbours the bearing; that is taken away;
-    again."""
+    """Places of a lidar's nearest things: bins (..., 16) -> x + iy in m (..., count). The largest
+    bin tells a thing's distance, its right neighbour the bearing; that is taken away; again."""
     rest = bins
     found = []
     for _ in range(count):
         value, i = rest.max(-1, keepdim=True)
-        left, right, outer_left, outer_right = ((i + n) % BINS for n in (-1, 1, -2, 2))
-        # A thing alone splits its value between the neighbours. Where another thing raised one of
-        # them, the side whose outer neighbour is smaller is believed.
-        by_left = 1 - bins.gather(-1, left) / value.clamp(min=1e-9)
-        by_right = bins.gather(-1, right) / value.clamp(min=1e-9)
-        crowded = bins.gather(-1, outer_right) > bins.gather(-1, outer_left)
-        share = torch.where(crowded & (by_right - by_left >= 1e-3), by_left, by_right).clamp(0, 1)
+        left = (i - 1) % BINS
+        right = (i + 1) % BINS
+        share = (bins.gather(-1, right) / value.clamp(min=1e-9)).clamp(max=1)
         z = torch.polar(reach * (1 - value), (i + share) * (2 * math.pi / BINS))
         found.append(torch.where(value > 0, z, reach))
         rest = rest.scatter(-1, i, 0)
@@ -351,8 +337,8 @@ def encode(obs, task, last=None):
     if not task.lidars:
         return own
     bins = [obs[..., lidar.start : lidar.start + BINS] for lidar in task.lidars]
-    places = [locate(part, lidar.reach, lidar.count) for part, lidar in zip(bins, task.lidars)]
-    z = torch.cat(places, -1)
+    z = [locate(part, lidar.reach, lidar.count) for part, lidar in zip(bins, task.lidars)]
+    z = torch.cat(z, -1)
     if task.moving:  # velocity 0 until there is a last state; buttons that are off are dark
         dark = bins[0].amax(-1, keepdim=True) == 0
         own = torch.cat([own, torch.zeros_like(own[..., :2]), dark.float()], -1)
@@ -396,24 +382,8 @@ def remember(state, last, task):
     return join(own, z, task)
 
 
-def encode_episodes(obs, next_obs, episode, task):
-    """States before and after each step of whole episodes: (B, O) twice, (B,) -> (B, S) twice."""
-    parts = [slice(row, row + 65_536) for row in range(0, len(obs), 65_536)]
-    state = torch.cat([encode(obs[part], task) for part in parts])
-    following = torch.cat([encode(next_obs[part], task) for part in parts])
-    if not task.lidars:
-        return state, following
-    _, first, count = np.unique(episode, return_index=True, return_counts=True)
-    for t in range(1, count.max()):  # all episodes side by side
-        rows = torch.as_tensor(first[count > t] + t)
-        state[rows] = remember(state[rows], state[rows - 1], task)
-    return state, remember(following, state, task)
-
-
 def decode(state, task):
-    """The observation (..., O) that a predicate reads of a state (..., S); unknown sensors are
-    0."""
-    state = torch.as_tensor(state)
+    """The observation (..., O) that a predicate reads of a state (..., S); other sensors are 0."""
     own, z = split(state, task)
     obs = state.new_zeros(*state.shape[:-1], task.obs_dim)
     obs[..., list(task.sensors)] = own[..., : len(task.sensors)]
@@ -427,12 +397,6 @@ def decode(state, task):
     bins = torch.cat([start + i, start + (i + 1) % BINS, start + (i - 1) % BINS], -1)  # (..., 3N)
     values = torch.cat([value, share * value, value - share * value], -1)
     return obs.scatter_reduce(-1, bins, values, "amax")
-
-
-def nearest(state, task):
-    """Places of the nearest thing of each kind: (..., S) -> (..., K), complex, m."""
-    first = [task.kinds.index(kind) for kind in range(len(task.lidars))]
-    return split(state, task)[1][..., first]
 
 
 def ended(state, task):
@@ -460,52 +424,30 @@ def dsrl_infos():
     return runpy.run_path(f"{package.submodule_search_locations[0]}/infos.py") if package else {}
 
 
-CUT_OFF = "it is cut off or no HDF5"
-
-
-def open_hdf5(path):
-    """An HDF5 file, opened to read. Raises ProcoError with the system's own reason."""
-    try:
-        Path(path).open("rb").close()  # what the system refuses, it refuses here
-        return h5py.File(path, "r", locking=False)
-    except OSError as error:
-        reason = error.strerror or CUT_OFF
-        raise ProcoError(f"can't read {path}: {reason}") from None
-
-
 def download(url, part):
-    """Fetches url into the file part, from where an earlier try broke off. Raises ProcoError."""
-    reason = "it breaks off"
-    for pause in (0, 1, 2, 4):
-        time.sleep(pause)
+    """Fetches url into the file part, from where an earlier try broke off."""
+    for _ in range(5):
         have = part.stat().st_size if part.exists() else 0
         headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=(3, 30)) as reply:
-                if reply.status_code == 416:  # nothing is left
-                    return
-                reply.raise_for_status()
-                have *= reply.status_code == 206  # else the server sends it from its start
-                size = have + int(reply.headers.get("Content-Length") or 0)
-                bar = progress(None, f"1 data: {part.stem}", size, initial=have, unit="B")
-                with bar, open(part, "ab" if have else "wb") as file:
-                    for chunk in reply.iter_content(1 << 16):
-                        bar.update(file.write(chunk))
-            if part.stat().st_size >= size:
+        with requests.get(url, headers=headers, stream=True, timeout=(3, 30)) as reply:
+            if reply.status_code == 416:  # nothing is left
                 return
-        except requests.RequestException as error:
-            answer = error.response
-            if answer is not None:
-                reason = f"{answer.status_code} {answer.reason}"
-            if not part.exists():
-                reason = reason if answer is not None else "no answer"
-                break
-    raise ProcoError(f"{url}: {reason}")
+            reply.raise_for_status()
+            have *= reply.status_code == 206  # else the server sends it from its start
+            size = have + int(reply.headers.get("Content-Length") or 0)
+            bar = tqdm(None, f"1 data: {part.stem}", size, initial=have, unit="B", unit_scale=True)
+            broken_off = contextlib.suppress(requests.RequestException)
+            with bar, broken_off, open(part, "ab" if have else "wb") as file:
+                for chunk in reply.iter_content(1 << 16):
+                    bar.update(file.write(chunk))
+        if part.stat().st_size >= size:
+            return
+    raise requests.ConnectionError("it breaks off")
 
 
 def fetch_dsrl(task, cache_dir=None, base_url=None):
     """The path of DSRL's recordings of a task, in cache_dir, DSRL_DATASET_DIR or ~/.dsrl/datasets.
-    Else they are downloaded; what is there is replaced only if it is cut off."""
+    They are downloaded where there is no such file. Raises ProcoError."""
     urls = dsrl_infos().get("DATASET_URLS", {})
     if task not in urls:
         why = f"DSRL has none of {task}" if urls else "the package dsrl is not installed"
@@ -513,29 +455,22 @@ def fetch_dsrl(task, cache_dir=None, base_url=None):
     host, name = urls[task].rsplit("/", 1)
     folder = cache_dir or os.environ.get("DSRL_DATASET_DIR") or "~/.dsrl/datasets"
     path = Path(folder).expanduser() / name
+    if path.exists():
+        return path
+    writable(path.parent, "DSRL_DATASET_DIR")
     part = path.with_name(f"{name}.part")
     reasons = []
-    if path.exists():
-        try:
-            open_hdf5(path).close()
-            return path
-        except ProcoError as error:
-            reasons = [str(error)]
-            if not reasons[0].endswith(CUT_OFF):
-                raise
-    writable(path.parent, "DSRL_DATASET_DIR")
     for base in [base_url] if base_url else [MIRROR, host]:
         try:
             download(f"{base.rstrip('/')}/{name}", part)
-            open_hdf5(part).close()
-            os.replace(part, path)
-            return path
-        except ProcoError as error:
-            reasons.append(str(error))
-            if reasons[-1].endswith(CUT_OFF):
-                part.unlink()  # a web page, say
-        except OSError as error:
-            raise ProcoError(f"can't write {part}: {error.strerror or error}") from None
+            if h5py.is_hdf5(part):
+                os.replace(part, path)
+                return path
+            part.unlink()
+            reasons.append(f"{base} sends a web page or the like, no HDF5")
+        except OSError as error:  # those of requests are of this kind, too
+            status = getattr(getattr(error, "response", None), "status_code", "")
+            reasons.append(f"{base}: {error.strerror or type(error).__name__} {status}".strip())
     advice = f"get {name} from {MIRROR} into {path.parent}, or give a file with --data"
     none = "the tasks Goal, Circle and Button need none: they are demonstrated"
     raise ProcoError(f"no recordings of {task} ({'; '.join(reasons)}): {advice}; {none}")
@@ -559,107 +494,106 @@ def collect_episode(job):
 
 def demonstrate(name, episodes):
     """The path of a file with so many episodes of the demonstrator, driven if it is not there."""
-    if not any(kind in name for kind in DEMONSTRATED):
-        raise ProcoError(f"{name} has no demonstrator; it needs recordings: --data dsrl, or a file")
     path = CACHE / "demonstrator" / f"{name}-{DEMONSTRATOR}-{episodes}.hdf5"
     if not path.exists():
         writable(path.parent, "PROCO_CACHE")
         driven = in_parallel(collect_episode, [(name, seed) for seed in range(episodes)])
-        parts = list(progress(driven, f"1 data: demonstrating {name}", episodes))
-        buffer = io.BytesIO()  # a full disk is met by the file system, not within HDF5
-        with h5py.File(buffer, "w") as file:
+        parts = list(tqdm(driven, f"1 data: demonstrating {name}", episodes))
+        with whole(path) as buffer, h5py.File(buffer, "w") as file:
             for key in KEYS:
                 file[key] = np.concatenate([episode[key] for episode in parts])
-        with whole(path) as part:
-            part.write_bytes(buffer.getbuffer())
     return path
 
 
 def find_data(cfg):
     """Where the data of a run are: (source, path). # FORK: another source of data goes here."""
-    if cfg.data == "dsrl" or (cfg.data == "auto" and cfg.task != "DoubleIntegrator"):
+    if cfg.data not in ("auto", "dsrl", "demonstrator"):
+        return "file", Path(cfg.data).expanduser()
+    demonstrated = any(kind in cfg.task for kind in DEMONSTRATED)
+    if cfg.data != "demonstrator" and cfg.task != "DoubleIntegrator":
         try:
             return "dsrl", fetch_dsrl(cfg.task)
         except ProcoError as error:
-            if cfg.data == "dsrl" or not any(kind in cfg.task for kind in DEMONSTRATED):
+            if cfg.data == "dsrl" or not demonstrated:
                 raise
             warn(f"{error}. So the scripted demonstrator makes the data")
-    if cfg.data in ("auto", "demonstrator", "driver"):  # the last is its older name
-        return "demonstrator", demonstrate(cfg.task, cfg.driver_episodes)
-    return "file", Path(cfg.data).expanduser()
+    if not demonstrated:
+        raise ProcoError(f"{cfg.task} has no demonstrator; give --data dsrl, or a file")
+    return "demonstrator", demonstrate(cfg.task, cfg.driver_episodes)
 
 
-def read_fields(file, task):
-    """The datasets of an HDF5 file, {key: dataset}, of the type and shape that they must have."""
-    fields = {key: file.get(key) for key in KEYS}
+def read_fields(path, task):
+    """The fields of a file like DSRL's, {key: (B, .)}. Raises ProcoError, which names a bad one."""
+    fields = {}
+    try:
+        Path(path).open("rb").close()  # what the system refuses, it refuses here
+        with h5py.File(path, "r", locking=False) as file:
+            for key in KEYS:
+                data = file.get(key)
+                if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "biuf":
+                    reason = f"has no array of numbers {key!r}; needed are {', '.join(KEYS)}"
+                    raise ProcoError(f"{path} {reason}")
+                fields[key] = data[()].astype(np.float32)
+    except OSError as error:
+        reason = error.strerror or "it is cut off, damaged or no HDF5; delete it, or give another"
+        raise ProcoError(f"can't read {path}: {reason}") from None
     widths = [(task.obs_dim,), (task.obs_dim,), (task.act_dim,), (), (), (), ()]
-    for (key, data), width in zip(fields.items(), widths):
-        if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "biuf":
-            wrong = "is missing" if data is None else "is no array of numbers"
-            raise ProcoError(f"{key} in {file.filename} {wrong}; needed are {', '.join(KEYS)}")
-        shape = (len(fields["observations"]), *width)
-        if data.shape != shape:
-            raise ProcoError(f"{key} in {file.filename} is {data.shape}, not {shape}")
+    limits = {"actions": (-1.001, 1.001), "costs": (0, 1e30)}
+    for (key, field), width in zip(fields.items(), widths):
+        shape = (*fields["observations"].shape[:1], *width)
+        if field.shape != shape:
+            raise ProcoError(f"{key} in {path} is {field.shape}, not {shape}")
+        low, high = limits.get(key, (-1e30, 1e30))
+        if not ((low <= field) & (field <= high)).all():
+            raise ProcoError(f"{key} in {path} holds NaN or what is not in [{low:g}, {high:g}]")
     return fields
 
 
-def safe_rows(costs, ends, most, path):
-    """Rows of whole episodes with at most so many violations: (B,), (B,) -> rows, their episode."""
-    ends = np.flatnonzero(ends)
-    episode = np.searchsorted(ends, np.arange(len(costs)))
-    safe = np.bincount(episode, costs, len(ends) + 1) <= most
+def load_data(path, task, max_episode_cost=0.0):
+    """The safe whole episodes of a file like DSRL's -> arrays {key: (B, .)}, with their episode,
+    and facts. Raises ProcoError, which says what is wrong."""
+    fields = read_fields(path, task)
+    ends = np.flatnonzero(fields["terminals"] + fields["timeouts"])
+    episode = np.searchsorted(ends, np.arange(len(fields["costs"])))
+    safe = np.bincount(episode, fields["costs"], len(ends) + 1) <= max_episode_cost
     safe[len(ends) :] = False  # what follows the last end is no whole episode
     rows = np.flatnonzero(safe[episode])
     episode = np.unique(episode[rows], return_inverse=True)[1]
     if safe.sum() < 2 or len(rows) < 100 or np.bincount(episode).max() < 16:
         found = f"{safe.sum()} of {len(ends)} episodes in {path}, {len(rows)} steps"
         need = "2 episodes, one of 16 steps, 100 in all are needed; see --max-episode-cost"
-        raise ProcoError(f"{found}, have at most {most:g} violations: too few, {need}")
-    return rows, episode
-
-
-def load_data(path, task, max_episode_cost=0.0):
-    """The safe episodes of a file like DSRL's -> arrays {key: (B, .)}, with their episode, and
-    facts. Raises ProcoError, which names the field that is wrong."""
-    arrays = {}
-    with open_hdf5(path) as file:
-        fields = read_fields(file, task)
-        try:
-            ends = (fields["terminals"][:] > 0) | (fields["timeouts"][:] > 0)
-            costs = fields["costs"][:].astype(np.float32)
-            if not (costs >= 0).all():
-                raise ProcoError(f"costs in {path} are not all numbers from 0 on")
-            rows, episode = safe_rows(costs, ends, max_episode_cost, path)
-            for key, field in fields.items():
-                arrays[key] = field[:].astype(np.float32)[rows]
-        except OSError as error:
-            raise ProcoError(f"{path} is damaged: {error}") from None
-    digest = hashlib.sha256()
-    for key, array in arrays.items():
-        digest.update(array.tobytes())
-        if not np.isfinite(array).all():
-            raise ProcoError(f"{key} in {path} holds NaN or infinity")
-    largest = np.abs(arrays["actions"]).max()
-    if largest > 1.001:
-        raise ProcoError(f"actions in {path} leave [-1, 1]: the largest is {largest:.3g}")
+        raise ProcoError(f"{found}, have at most {max_episode_cost:g} violations: too few, {need}")
+    arrays = {key: field[rows] for key, field in fields.items()}
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values()))
     returns = np.bincount(episode, arrays["rewards"])
-    facts = {"episodes": len(returns), "of_episodes": int(ends.sum()), "transitions": len(rows)}
-    facts |= {"return_mean": returns.mean(), "unsafe_share": (arrays["costs"] > 0).mean()}
-    return arrays | {"episode": episode}, facts | {"hash": digest.hexdigest()[:16]}
+    facts = {"rows": len(rows), "hash": digest.hexdigest()[:16], "episodes": len(returns)}
+    facts |= {"of_episodes": len(ends), "return_mean": returns.mean()}
+    facts["unsafe_share"] = (arrays["costs"] > 0).mean()
+    return arrays | {"episode": episode}, facts
 
 
-def to_device(arrays, task, device):
-    """D as tensors: state, action, ..., episode, and held_out, the last tenth of the episodes."""
+def to_device(arrays, task, cost, device):
+    """D as tensors: state, action, ..., episode; held_out, the last tenth of the episodes; and how
+    far each s' is from danger, distance (B,), m or m/s."""
     episode = arrays["episode"]
-    obs, following, action = (arrays[key] for key in KEYS[:3])
-    state, following = encode_episodes(obs, following, episode, task)
+    states = encode(arrays["observations"], task)
+    following = encode(arrays["next_observations"], task)
+    if task.lidars:
+        _, first, count = np.unique(episode, return_index=True, return_counts=True)
+        for t in range(1, count.max()):  # all episodes side by side
+            rows = torch.as_tensor(first[count > t] + t)
+            states[rows] = remember(states[rows], states[rows - 1], task)
+        following = remember(following, states, task)
     # ASSUMED: all works with actions that the plant distinguishes. A network that sees thrusts
     # which all act alike takes 0.3 for gentle driving: CarButton1 cost 35 instead of 7.
-    data = {"state": state, "action": (action / task.full).clip(-1, 1), "next_state": following}
+    action = (arrays["actions"] / task.full).clip(-1, 1)
+    data = {"state": states, "action": action, "next_state": following, "episode": episode}
     data |= {"reward": arrays["rewards"], "cost": arrays["costs"], "done": arrays["terminals"]}
-    held_out = episode > episode[-1] - max(1, (episode[-1] + 1) // 10)
-    data |= {"episode": episode, "held_out": held_out}
-    return {key: torch.as_tensor(value, device=device) for key, value in data.items()}
+    data["held_out"] = episode > episode[-1] - max(1, (episode[-1] + 1) // 10)
+    data = {key: torch.as_tensor(value, device=device) for key, value in data.items()}
+    parts = zip(*(data[key].split(65_536) for key in ("state", "action", "next_state")))
+    data["distance"] = torch.cat([danger_distance(cost, task, *part) for part in parts])
+    return data
 
 
 def decisions(data, task, gamma, margin=None):
@@ -670,12 +604,11 @@ def decisions(data, task, gamma, margin=None):
     first = (episode[k - 1 :] == episode[: len(episode) - k + 1]).nonzero()[:, 0]
     steps = torch.arange(k, device=first.device)
     rows = first[:, None] + steps  # (B, k)
-    distance = data["distance"][rows]
-    unsafe = data["cost"][rows] > 0 if margin is None else distance <= margin
+    unsafe = data["cost"][rows] > 0 if margin is None else data["distance"][rows] <= margin
     table = {"state": data["state"][first], "next_state": data["next_state"][rows[:, -1]]}
     table |= {"action": data["action"][rows].mean(1), "done": data["done"][rows].amax(1)}
     table |= {"reward": (gamma**steps * data["reward"][rows]).sum(1), "cost": unsafe.float()}
-    return table | {"distance": distance.amin(1)}
+    return table
 
 
 # ==== 2. Dynamics: a probabilistic ensemble =======================================================
@@ -719,7 +652,7 @@ class Dynamics(nn.Module):
             self.register_buffer(name, torch.ones(width))
         self.register_buffer("elites", torch.arange(max(1, round(cfg.ensemble * 2 / 3))))
         self.register_buffer("limit", torch.tensor(math.inf))
-        self.register_buffer("closest", torch.zeros(len(task.lidars), BINS))
+        self.register_buffer("closest", torch.zeros(len(task.lidars)))
 
     def forward(self, own, action, members=slice(None)):
         """own (B, W), action (B, A) -> mean, log-variance (E, B, W) of its standardised change."""
@@ -732,31 +665,22 @@ class Dynamics(nn.Module):
         """Mean states after so many steps of one held action: (B, S), (B, A) -> (elites, B, S)."""
         task = self.task
         members = self.elites if members is None else members
-        own, z = split(state, task)  # (B, W), (B, N); with members own becomes (E, B, W)
-        # After all steps a thing at z is seen at turn * z + shift, a gremlin also + wander. (E, B)
-        turn = 1
-        shift = 0
-        wander = 0
-        for _ in range(steps):
-            before = own
-            # A roll-out must not invent speeds: own fields stay near what was recorded.
-            own = own + self.change * self(own, action, members)[0]
-            own = own.clamp(self.low, self.high)
-            if task.lidars:
-                spin, way = own_motion(before, own, task)
-                turn = turn * spin
-                shift = (shift - way) * spin
-            if task.moving:
-                wander = wander * spin + task.dt * torch.complex(own[..., -3], own[..., -2])
-        if not task.lidars:
-            return own
-        moved = turn[..., None] * z + shift[..., None]
-        if task.moving:
-            moved[..., task.things("gremlins")] += wander[..., None]
+        own, z = split(state, task)  # (B, W), (B, N); with members they become (E, B, .)
         # What no lidar shows stands nowhere and stays there; but an aim is remembered.
         hidden = z.abs() > 0.999 * task.reach.to(z.device)
         hidden[..., task.aims] = False
-        return join(own, torch.where(hidden, z, moved), task)
+        unseen = z
+        for _ in range(steps):
+            before = own
+            own = own + self.change * self(own, action, members)[0]
+            own = own.clamp(self.low, self.high)  # a roll-out must not invent speeds
+            if task.lidars:
+                spin, way = own_motion(before, own, task)
+                z = (z - way[..., None]) * spin[..., None]
+            if task.moving:
+                velocity = torch.complex(own[..., -3], own[..., -2])
+                z[..., task.things("gremlins")] += task.dt * velocity[..., None]
+        return join(own, torch.where(hidden, unseen, z), task) if task.lidars else own
 
     def best(self, state, action, steps=1):
         """step of the best elite alone: (B, S), (B, A) -> (B, S)."""
@@ -764,42 +688,30 @@ class Dynamics(nn.Module):
 
     def foreseen(self, state):
         """Whether the model can say what comes next: (..., S) -> (...) bool. It can't where a goal
-        has just been reached and jumps elsewhere: then it is nearer than any in D on that side."""
-        z = nearest(state, self.task)
-        kind = torch.arange(z.shape[-1], device=z.device)
-        return (z.abs() >= self.closest[kind, sector(z)]).all(-1)
+        has just been reached and jumps elsewhere: then it is nearer than any in D."""
+        gap = split(state, self.task)[1][..., self.task.nearest].abs()
+        return (gap >= self.closest).all(-1)
 
     def disagreement(self, states):
         """How far apart the elites' own fields lie, in usual changes: (elites, B, S) -> (B,)."""
         return (states[..., : self.task.own_dim].std(0, correction=0) / self.change).amax(-1)
 
 
-def sector(z):
-    """In which of 16 sectors around the agent a place lies: complex -> index."""
-    return (z.angle() * (BINS / (2 * math.pi)) % BINS).long().clamp(max=BINS - 1)
-
-
 def jumped(state, following, task, steps=1):
     """Whether the nearest thing of a kind moved faster than any can: (B, S), (B, S) -> (B, K)."""
-    here, there = (nearest(x, task).abs() for x in (state, following))
+    here = split(state, task)[1][..., task.nearest].abs()
+    there = split(following, task)[1][..., task.nearest].abs()
     seen = here < 0.99 * max([lidar.reach for lidar in task.lidars], default=0)
     return seen & ((here - there).abs() > 0.05 * steps)
 
 
 def redrawn_within(state, following, task):
-    """The distance at which a thing is reached and jumps to a new place: (K, 16), m, for each
-    kind and sector; 0 for kinds that never jump when they are near. Read from the jumps in D."""
-    z = nearest(state, task)
-    jump = jumped(state, following, task)
-    closest = torch.zeros(z.shape[-1], BINS, device=z.device)
-    for kind, (gap, side) in enumerate(zip(z.abs().mT, sector(z).mT)):
-        if (jump[:, kind] & (gap < gap.min() + 0.05)).float().mean() < 1e-4:
-            continue
-        closest[kind] = gap.min()
-        for n in range(BINS):  # a Car presses a button at 0.21 to 0.31 m, according to the side
-            if (jump[:, kind] & (side == n) & (gap < gap.min() + 0.15)).sum() >= 5:
-                closest[kind, n] = gap[side == n].min()
-    return (closest - 0.01).clamp(min=0)  # what stands at that very distance was not redrawn yet
+    """The distance at which a thing is reached and jumps to a new place: (K,), m; 0 for kinds that
+    never jump when they are near. Read from the jumps in D."""
+    gap = split(state, task)[1][..., task.nearest].abs()  # (B, K)
+    least = gap.amin(0)
+    near = jumped(state, following, task) & (gap < least + 0.05)
+    return torch.where(near.float().mean(0) < 1e-4, 0, least - 0.01)  # at least itself was not yet
 
 
 def dynamics_loss(model, own, action, following):
@@ -811,21 +723,16 @@ def dynamics_loss(model, own, action, following):
     return (nll * (spread / 2).exp().detach()).mean((1, 2)), error.abs().mean((1, 2))
 
 
-def deviation(x, least=1e-5):
-    """Standard deviation of each field; 1 where it is constant, which then says nothing."""
-    std = x.std(0)
-    return torch.where(std > least, std, 1)
-
-
 def train_dynamics(data, task, cfg, generator):
-    """Fits the ensemble; episodes are held out, members keep their best weights -> Dynamics."""
+    """Fits the ensemble; the held-out episodes choose the elites -> Dynamics. # DEVIATION: no early
+    stopping; a rate that falls to nothing does as well."""
     device = data["state"].device
     shuffle = functools.partial(torch.randperm, generator=generator, device=device)
     model = Dynamics(task, cfg).to(device)
     own, following = (data[key][:, : task.own_dim] for key in ("state", "next_state"))
     model.mean = own.mean(0)
-    model.std = deviation(own)
-    model.change = deviation(following - own, 1e-6)
+    model.std = own.std(0).clamp(min=1e-5)  # what is constant says nothing
+    model.change = (following - own).std(0).clamp(min=1e-6)
     # ASSUMED: a roll-out may leave the record by half its range. With a twentieth, the double
     # integrator's model braked at speeds above the recorded as if they were recorded.
     low, high = own.aminmax(dim=0)
@@ -836,28 +743,16 @@ def train_dynamics(data, task, cfg, generator):
     test = test[shuffle(len(test))[:8192]]
     fields = (own, data["action"], following)
     held_out = [field[test].expand(cfg.ensemble, -1, -1) for field in fields]
-    optimiser = adam(model.net, rate=2e-2)  # so high that 20 epochs do what 40 do at 3e-3
-    best = torch.full((cfg.ensemble,), math.inf, device=device)
-    kept = copy.deepcopy(model.net.state_dict())
-    stale = 0
+    optimiser = adam(model.net.parameters(), 2e-2)  # so high that 20 epochs do what 40 do at 3e-3
     epochs = max(1, round(cfg.model_epochs * cfg.scale))
-    for epoch in progress(range(epochs), "2 dynamics"):
-        order = torch.stack([shuffle(len(train)) for _ in best])  # (E, B): one for each member
+    for epoch in tqdm(range(epochs), "2 dynamics"):
+        order = torch.stack([shuffle(len(train)) for _ in range(cfg.ensemble)])  # (E, B)
         for rows in train[order].split(512, 1):
             loss, _ = dynamics_loss(model, *(field[rows] for field in fields))
             descend(optimiser, loss.sum(), 1 - epoch / epochs)
-        with torch.no_grad():
-            _, error = dynamics_loss(model, *held_out)
-        better = error < best * 0.995
-        best = torch.minimum(error, best)
-        for name, value in model.net.state_dict().items():
-            kept[name] = torch.where(better.view(-1, 1, 1), value, kept[name])
-        stale = 0 if better.any() else stale + 1
-        if stale >= 5:
-            break
-    model.net.load_state_dict(kept)
     model.requires_grad_(False)
-    model.elites = best.argsort()[: len(model.elites)]
+    _, error = dynamics_loss(model, *held_out)
+    model.elites = error.argsort()[: len(model.elites)]
     # ASSUMED: a roll-out is believed while the elites differ by at most three times what is usual.
     if len(model.elites) > 1:
         usual = model.disagreement(model.step(data["state"][test], data["action"][test]))
@@ -865,63 +760,47 @@ def train_dynamics(data, task, cfg, generator):
     return model
 
 
-def blocks(state, task):
-    """The parts of a state that a report tells apart, {name: (..., .)}; of lidars, distances."""
-    names = [lidar.name for lidar in task.lidars]
-    parts = dict(zip(names, nearest(state, task).abs().split(1, -1)))
-    parts["sensors"] = state[..., : len(task.sensors)]
-    if task.moving:
-        parts["gremlins' velocity"] = state[..., task.own_dim - 3 : task.own_dim - 1]
-    return parts
-
-
 @torch.no_grad()
-def dynamics_report(model, data, steps=(1, 5, 10, 15)):
-    """How wrong the best elite is on held-out episodes: {block: {"r2" of a step's change, "error"
-    after k open-loop steps (root mean square), "nothing_changes": the same for the start}}."""
+def dynamics_report(model, data):
+    """Prints and returns how wrong the best elite is on held-out episodes, {block: {"r2" of a step's
+    change, "error" after 1, 5, 10, 15 steps, root mean square, "nothing_changes": the start's}};
+    of lidars, of the distance of the nearest thing, m; of sensors, in usual changes a step."""
     task = model.task
-    within = data["episode"][: -steps[-1]] == data["episode"][steps[-1] :]
-    rows = (data["held_out"][: -steps[-1]] & within).nonzero()[::7, 0]
+
+    def blocks(state):
+        own, z = split(state, task)
+        parts = {"sensors": own[..., : len(task.sensors)] / model.change[: len(task.sensors)]}
+        return parts | {
+            task.lidars[task.kinds[n]].name: z[:, n : n + 1].abs() for n in task.nearest
+        }
+
+    within = data["held_out"][:-15] & (data["episode"][:-15] == data["episode"][15:])
+    rows = within.nonzero()[::7, 0]
     state = data["state"][rows]
-    first = blocks(state, task)
-    report = {name: {"error": [], "nothing_changes": []} for name in first}
-    for k in range(1, steps[-1] + 1):
+    start = blocks(state)
+    report = {name: {"r2": None, "error": [], "nothing_changes": []} for name in start}
+    for k in range(1, 16):
         state = model.best(state, data["action"][rows + k - 1])
-        true = blocks(data["next_state"][rows + k - 1], task)
-        for name, guess in blocks(state, task).items() if k in steps else ():
-            moved = first[name] - true[name]
-            near = moved[:, 0].abs() < 0.06 * k
-            same = near if task.lidars and guess.shape[-1] == 1 else slice(None)
-            wrong, moved = (x[same].square() for x in (guess - true[name], moved))
-            if k == 1:
-                r2 = 1 - wrong.sum(0) / moved.sum(0).clamp(min=1e-9)
-                report[name]["r2"] = float(r2[moved.sum(0) > 1e-9].mean())
-            report[name]["error"].append(float(wrong.mean().sqrt()))
-            report[name]["nothing_changes"].append(float(moved.mean().sqrt()))
-    return report
-
-
-def print_report(report, margin):
-    """The dynamics report as a table, and the margin of the conservative cost."""
+        true = blocks(data["next_state"][rows + k - 1])
+        for name, guess in blocks(state).items() if k in (1, 5, 10, 15) else ():
+            still = start[name] - true[name]
+            # A nearest thing that is suddenly farther or nearer is another one.
+            same = (still.abs() < 0.06 * k).all(-1) | (name == "sensors")
+            wrong = (guess - true[name])[same].square().mean()
+            still = still[same].square().mean()
+            report[name]["r2"] = float(1 - wrong / still) if k == 1 else report[name]["r2"]
+            report[name]["error"].append(float(wrong.sqrt()))
+            report[name]["nothing_changes"].append(float(still.sqrt()))
     print("   block              R^2 of a step | error after 1, 5, 10, 15 steps | nothing changes")
     for name, row in report.items():
-        error, still = (" ".join(map("{:.4f}".format, row[key])) for key in list(row)[:2])
+        error, still = (" ".join(map("{:.4f}".format, row[key])) for key in list(row)[1:])
         print(f"   {name:<18} {row['r2']:13.4f} | {error:>31} | {still}")
-    print(f"3 cost: margin of the conservative cost {margin:.4f}")
+    return report
 
 
 # ==== 3. Cost: a predicate written by a language model ============================================
 # A language model has turned a sentence into Python code (llm_costs/write.py asks it, the result is
 # llm_costs/<task>.py). The code reads observations, so it can judge states that the model invents.
-
-BARE = ("range", "len", "abs", "min", "max", "sum", "float", "int", "bool", "zip", "enumerate")
-
-
-def import_for_cost(name, *_):
-    """What `import` finds in a predicate: math and torch, which imports its own parts by this."""
-    if name.partition(".")[0] not in ("torch", "math"):
-        raise ImportError(f"a predicate imports nothing but torch and math, not {name}")
-    return globals()[name.partition(".")[0]]
 
 
 def load_cost(task, path=None):
@@ -935,11 +814,10 @@ def load_cost(task, path=None):
     if found is None:
         hint = f"write one with `python -m llm_costs.write --task {task}`, or give --cost FILE"
         raise CostError(f"there is no predicate {places[0]}: {hint}")
-    bare = {name: getattr(builtins, name) for name in BARE} | {"__import__": import_for_cost}
-    scope = {"__builtins__": bare, "torch": torch, "math": math}
+    scope = {"torch": torch, "math": math}
     try:
         text = found.read_text("utf-8-sig")
-        exec(compile(text, str(found), "exec"), scope)  # noqa: S102 (reviewed code, bare builtins)
+        exec(compile(text, str(found), "exec"), scope)  # noqa: S102 (reviewed code)
         cost = scope["cost"]
         obs = torch.rand(8, sizes.obs_dim)
         # a margin is a number, or one for each row
@@ -966,8 +844,7 @@ def conservative_cost(agent, state, action, following):
 
 
 def danger_distance(cost, task, state, action, following):
-    """Distance of s' to danger, m or m/s, in [0, 1]: the least margin that makes it unsafe,
-    (B,)."""
+    """Distance of s' to danger (B,), m or m/s: the least margin, up to 1, that makes it unsafe."""
     low = torch.zeros_like(following[..., 0])
     high = torch.ones_like(low)
     inside = judge(cost, task, state, action, following, 0.0) > 0
@@ -977,12 +854,6 @@ def danger_distance(cost, task, state, action, following):
         low = torch.where(unsafe, low, middle)
         high = torch.where(unsafe, middle, high)
     return torch.where(inside, 0, high)
-
-
-def measure_distances(data, cost, task):
-    """Adds to D how far each s' is from danger: data["distance"] (B,), m or m/s."""
-    parts = zip(*(data[key].split(65_536) for key in ("state", "action", "next_state")))
-    data["distance"] = torch.cat([danger_distance(cost, task, *part) for part in parts])
 
 
 def model_margin(model, cost, data):
@@ -1004,9 +875,8 @@ def model_margin(model, cost, data):
 
 
 def around(proposal, task, levels=(-1.0, 0.0, 1.0)):
-    """A fixed list of actions, the proposal first: (B, A) -> (M, B, A). Up to two numbers: the grid
-    of levels, without 0 where all forces are clamped (no wheels off in D); more: one changed by
-    0.5."""
+    """A fixed list of actions, the proposal first: (B, A) -> (M, B, A). Then, of two numbers, the
+    grid of levels, without 0 where all forces are clamped; of more, one changed by 0.5."""
     if task.act_dim > 2:
         change = 0.5 * torch.eye(task.act_dim, device=proposal.device)
         grid = (proposal + torch.cat([change, -change])[:, None]).clamp(-1, 1)  # (2 A, B, A)
@@ -1015,11 +885,6 @@ def around(proposal, task, levels=(-1.0, 0.0, 1.0)):
         axis = torch.tensor(levels, device=proposal.device)
         grid = torch.cartesian_prod(*[axis] * task.act_dim).view(-1, 1, task.act_dim)
     return torch.cat([proposal[None], grid.expand(-1, *proposal.shape)])
-
-
-def pick(choice, index):
-    """One of M for each row: choice (M, B, A), index (B,) -> (B, A)."""
-    return choice[index, torch.arange(len(index), device=index.device)]
 
 
 class Agent(nn.Module):
@@ -1038,7 +903,6 @@ class Agent(nn.Module):
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
         self.register_buffer("clone_error", torch.ones(task.act_dim))  # mean square, on D
         self.register_buffer("q_scale", torch.tensor(1.0))  # mean |Q_r| on D
-        self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
         width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
         both = width + task.act_dim
         self.actor = Mlp(width, cfg.hidden, task.act_dim)  # a = tanh(net(x))
@@ -1049,8 +913,7 @@ class Agent(nn.Module):
         self.v_s = Mlp(width, cfg.hidden, 2)  # the least an action makes of them
 
     def features(self, state):
-        """What networks see: (..., S) -> (..., F), with each thing's distance, and how near it
-        is."""
+        """What networks see: (..., S) -> (..., F), with each thing's distance and nearness."""
         own, z = split(state, self.task)
         if self.task.moving:  # the goal's own button is no danger: it is moved out of sight
             buttons = z[..., self.task.things("buttons")]
@@ -1058,7 +921,7 @@ class Agent(nn.Module):
             z[..., self.task.things("buttons")] = torch.where(goal, 3.0, buttons)
         distance = z.abs()
         parts = [(own - self.mean) / self.std, torch.view_as_real(z).flatten(-2), distance]
-        parts += [2 * torch.exp(-3 * distance), 8 * torch.exp(-10 * distance)]
+        parts.append(8 * torch.exp(-10 * distance))
         if self.task.things("circle"):  # the compass turns what is seen into the world
             place = 2 * z[..., 0] * torch.complex(own[..., 4], own[..., 3])
             parts.append(torch.view_as_real(place))
@@ -1098,7 +961,7 @@ class Agent(nn.Module):
         away = (choice - self.propose(x)).square().sum(-1)
         away = torch.where(q_f <= self.eps, away, math.inf)
         best = torch.where(away.amin(0) < math.inf, away.argmin(0), q_c.argmin(0))
-        return pick(choice, best)
+        return choice[best, torch.arange(len(best))]
 
     def start(self, seeds, acting="auto"):
         """A Policy for len(seeds) episodes; acting is one of `ways` (step 7). The seeds themselves
@@ -1111,79 +974,54 @@ class Agent(nn.Module):
 # action could have saved are infeasible ones, which look harmless: step 5 tells.
 
 ROUNDS = 6  # of roll-outs, spread over the training
-LINGER = 20  # steps that a roll-out goes on after its first violation: leaving it is learnt, too
-RISKY = 10  # steps before a violation that are drawn more often in training
 
 
-def displace(state, model, generator):
-    """Starts where nobody ever was: (B, S) -> (B, S). # ASSUMED: with lidars, the scene from up to
-    0.5 m beside, at a share of another row's motion: safe drivers are never slow and near a hazard.
-    Without, what is limited is drawn from all that the model may reach."""
+def draw_starts(states, model, count, generator):
+    """Where roll-outs begin (count, S): recorded states; every second one where nobody ever was.
+    # ASSUMED: with lidars, the scene from up to 0.5 m beside, at a share of another row's motion:
+    safe drivers are never slow and near a hazard. Without, limited fields from the model's range."""
     task = model.task
-    uniform = functools.partial(torch.rand, generator=generator, device=state.device)
-    if not task.lidars:
-        drawn = model.low + (model.high - model.low) * uniform(state.shape)
-        limited = list(task.limited)
-        return state.index_copy(1, torch.tensor(limited, device=state.device), drawn[:, limited])
-    own, z = split(state, task)
-    shift = torch.polar(0.5 * uniform(len(z), 1).sqrt(), 2 * math.pi * uniform(len(z), 1))
-    z = torch.where(z.abs() < 0.999 * task.reach.to(z.device), z + shift, z)  # unseen stays unseen
-    other = torch.randperm(len(z), generator=generator, device=z.device)
-    motion = own[other, :3] * uniform(len(z), 1)  # velocity x, y and yaw rate
-    return join(torch.cat([motion, own[:, 3:]], -1), z, task)
-
-
-def draw_starts(states, near, model, count, generator):
-    """Where roll-outs begin (count, S): half at recorded states, half displaced; in either half
-    every second one at a row of `near`, the quarter of D nearest to danger."""
-    number = functools.partial(torch.randint, generator=generator, device=states.device)
-    shuffle = functools.partial(torch.randperm, count, generator=generator, device=states.device)
-    rows = torch.cat(
-        [number(len(states), (count // 2,)), near[number(len(near), (count - count // 2,))]]
-    )
-    starts = states[rows[shuffle()]]
-    displaced = displace(starts[: count // 2], model, generator)
-    return torch.cat([displaced, starts[count // 2 :]])[shuffle()]
+    uniform = functools.partial(torch.rand, generator=generator, device=states.device)
+    starts = states[torch.randint(len(states), (count,), generator=generator, device=states.device)]
+    own, z = split(starts[::2], task)
+    if task.lidars:
+        shift = torch.polar(0.5 * uniform(len(z), 1).sqrt(), 2 * math.pi * uniform(len(z), 1))
+        seen = z.abs() < 0.999 * task.reach.to(z.device)
+        motion = own.roll(1, 0)[:, :3] * uniform(len(z), 1)  # velocity x, y and yaw rate
+        own = torch.cat([motion, own[:, 3:]], -1)
+        starts[::2] = join(own, torch.where(seen, z + shift, z), task)
+    else:
+        drawn = model.low + (model.high - model.low) * uniform(own.shape)
+        starts[::2, list(task.limited)] = drawn[:, list(task.limited)]
+    return starts
 
 
 def behave(agent, state, held, noise):
-    """What roll-outs do: state (B, S), held, noise (B, A) -> action (B, A). A fifth each: the
-    filtered policy with noise, a held random action, one that now and then changes (both in held),
-    the candidate that Q_f fears most, the one that it fears least. # FORK: or else."""
-    fifth = len(state) // 5
-    x = agent.features(state)
-    policy = agent.filter(x[:fifth]) + noise[:fifth]
-    choice = agent.candidates(x[3 * fifth :])  # (M, B, A)
-    q_f = agent.danger(x[3 * fifth :], choice)[..., 0]  # (M, B)
-    worst = pick(choice[:, :fifth], q_f[:, :fifth].argmax(0))
-    best = pick(choice[:, fifth:], q_f[:, fifth:].argmin(0))
-    return torch.cat([policy, held[fifth : 3 * fifth], worst, best]).clamp(-1, 1)
+    """What roll-outs do: state (B, S), held, noise (B, A) -> action (B, A). Half of them follow the
+    filtered policy with noise, half do what is held, random actions. # FORK: or else."""
+    half = len(state) // 2
+    policy = agent.filter(agent.features(state[:half])) + noise[:half]
+    return torch.cat([policy, held[half:]]).clamp(-1, 1)
 
 
 @torch.no_grad()
 def roll_out(agent, starts, generator):
-    """D_cf: drives the model from starts (B, S) -> {state, action, next_state, cost (B, k), ...},
-    each row by the mean of one elite. # DEVIATION: no sampling; noise on all places would make the
-    nearest thing look too near. A row ends where elites disagree, an episode ends or a goal is
-    redrawn, and LINGER steps after its first violation."""
+    """D_cf: drives the model from starts (B, S) -> {state, action, next_state, cost (B, k), ...}.
+    A row ends with a violation, where elites disagree, an episode ends or a goal is redrawn.
+    # DEVIATION: by the mean of one elite; noise on all places makes the nearest look too near."""
     task = agent.task
     model = agent.model
-    count = len(starts)
+    shape = (len(starts), task.act_dim)
     uniform = functools.partial(torch.rand, generator=generator, device=starts.device)
-    row = torch.arange(count, device=starts.device)
-    changing = (row * 5 // count == 2)[:, None]
-    member = (uniform(count) * len(model.elites)).long()
-    held = 2 * uniform(count, task.act_dim) - 1
-    loudness = 0.5 * uniform(count, 1)
+    held = 2 * uniform(shape) - 1
     state = starts
-    alive = torch.ones(count, dtype=torch.bool, device=starts.device)
-    since = torch.zeros(count, device=starts.device)  # steps since the first violation
+    alive = torch.ones(len(starts), dtype=torch.bool, device=starts.device)
     table = []
     for _ in range(max(1, agent.cfg.horizon // task.repeat)):
-        renew = changing & (uniform(count, 1) < 0.3)  # not so often that it averages out
-        held = torch.where(renew, 2 * uniform(count, task.act_dim) - 1, held)
-        noise = torch.randn(held.shape, generator=generator, device=held.device)
-        action = behave(agent, state, held, loudness * noise)
+        renew = uniform(len(starts), 1) < 0.15  # not so often that it averages out
+        held = torch.where(renew, 2 * uniform(shape) - 1, held)
+        noise = 0.3 * torch.randn(shape, generator=generator, device=held.device)
+        action = behave(agent, state, held, noise)
         begin = state
         known = alive
         over = torch.zeros_like(alive)
@@ -1191,20 +1029,15 @@ def roll_out(agent, starts, generator):
         for _ in range(task.repeat):
             nexts = model.step(state, action)  # (E, B, S)
             costs.append(conservative_cost(agent, state, action, nexts) * ~over)
-            state = nexts[member, row]
+            state = nexts[0]
             known = known & (model.disagreement(nexts) <= model.limit) & model.foreseen(state)
             over = over | ended(state, task)
         costs = torch.stack(costs, -1)  # (B, k)
-        hit = (costs > 0).any(-1) & known
-        table.append((begin, action, state, costs, over.float(), hit, known))
-        since = torch.where((since > 0) | hit, since + task.repeat, since)
-        alive = known & ~over & (since <= LINGER)
-    *columns, hit, keep = (torch.stack(column) for column in zip(*table))  # (H, B, .)
-    risky = hit.clone()
-    for ahead in range(1, min(len(hit), 1 + RISKY // task.repeat)):
-        risky[:-ahead] |= hit[ahead:]
-    names = ("state", "action", "next_state", "cost", "done", "risky")
-    return {name: column[keep] for name, column in zip(names, [*columns, risky])}
+        table.append((begin, action, state, costs, over.float(), known))
+        alive = known & ~over & (costs == 0).all(-1)
+    *columns, known = (torch.stack(column) for column in zip(*table))  # (H, B, .)
+    names = ("state", "action", "next_state", "cost", "done")
+    return {name: column[known] for name, column in zip(names, columns)}
 
 
 # ==== 5. Feasibility: which states and actions still allow safety =================================
@@ -1246,15 +1079,15 @@ def feasibility_loss(agent, rows):
 CPQ_LIMIT = 0.1  # ASSUMED: Q_c above which CPQ calls an action unsafe
 
 
-def with_counterfactuals(d, cf):
-    """Rows of D and, with PROCO, of D_cf. Two keys are new: driver (B, A), the action to clone, and
-    trust (B,), the weight of cloning it. In D_cf nobody drove: it is the cloned policy's, at 0.5.
+def with_counterfactuals(agent, rows, cf):
+    """Rows of D and, after them, of D_cf, on which an algorithm trains with PROCO. In D_cf nobody
+    drove: the action to clone is the cloned policy's, and trusted half as much.
     # ASSUMED: else the actor follows Q_r's errors, and PointCircle1 fell from 48 to 32."""
-    rows = d | {"driver": d["action"], "trust": torch.ones_like(d["done"])}
-    if cf is None:
-        return rows
-    cf = cf | {"trust": torch.full_like(cf["done"], 0.5)}
-    return {key: torch.cat([rows[key], cf[key]]) for key in cf}
+    cf["x"] = agent.features(cf["state"])
+    cf["next_x"] = agent.features(cf["next_state"])
+    cf["driver"] = agent.imitate(cf["x"]).detach()
+    cf["trust"] = torch.full_like(cf["done"], 0.5)
+    return {key: torch.cat([rows[key], cf[key]]) for key in rows if key in cf}
 
 
 def reward_critic_loss(agent, d, generator):
@@ -1270,9 +1103,6 @@ def reward_critic_loss(agent, d, generator):
         if agent.cfg.algorithm == "cpq":
             worth = worth * (agent.danger(d["next_x"], proposal)[:, 1] <= CPQ_LIMIT)
         target = d["reward"] + gamma * (1 - d["done"]) * worth
-        # What a decision is worth in which a goal is reached and redrawn: a plan ends there.
-        gap = (target - agent.reached) * d["anew"]
-        agent.reached += 0.01 * gap.sum() / d["anew"].sum().clamp(min=1)
     q_r = agent.q_r(torch.cat([d["x"], d["action"]], -1))[..., 0]  # (2, B)
     return 2 * (q_r - target).square().mean()
 
@@ -1315,12 +1145,6 @@ def lagrangian_loss(agent, x, pi, td3bc):
     return loss, (violation.detach() * feasible).sum() / feasible.sum().clamp(min=1)
 
 
-def dual_step(agent, violation, tolerance=0.003):
-    """Dual ascent: lambda, in [0.1, 100], rises while the mean violation is above the tolerance."""
-    agent.log_lam += 0.3 * (violation - tolerance).clamp(-0.003, 0.03)
-    agent.log_lam.clamp_(math.log(0.1), math.log(100))
-
-
 def fisor_loss(agent, rows, pi, clone):
     """FISOR (Zheng et al. 2024): regression on actions weighted by exp of their advantage.
 
@@ -1330,9 +1154,8 @@ def fisor_loss(agent, rows, pi, clone):
     # DEVIATION: a deterministic actor for a diffusion model, A_r against it for an expectile."""
     with torch.no_grad():
         x = rows["x"]
-        driven = torch.cat([x, rows["driver"]], -1)
         better = (agent.worth(x, rows["driver"]) - agent.worth(x, pi)) / agent.q_scale
-        allowed = agent.q_s(driven).amax(0)[:, 0] <= agent.eps
+        allowed = agent.danger(x, rows["driver"])[:, 0] <= agent.eps
         v_f, v_c = agent.v_s(x)[0].unbind(-1)
         back = (20 * (v_c - agent.danger(x, rows["action"])[:, 1])).exp().clamp(max=20)
     forth = (3 * better).exp().clamp(max=20) * allowed * clone
@@ -1366,11 +1189,10 @@ PRICE = 100.0  # of an unsafe state on a plan's way; a tenth of it for one that 
 
 def ways(task, cfg):
     """The ways in which an agent can act, the default one last."""
-    if cfg.counterfactual and task.lidars:
-        return ["clone", "actor", "filter", "plan"]
+    if not cfg.counterfactual:
+        return ["actor", "filter"] if cfg.algorithm == "fisor" else ["actor"]
     # No plan without lidars: a robot that holds one action soon leaves the states in D.
-    safe = cfg.counterfactual or cfg.algorithm == "fisor"
-    return ["clone", "actor", "filter"] if safe else ["clone", "actor"]
+    return ["clone", "actor", "filter", "plan"] if task.lidars else ["clone", "actor", "filter"]
 
 
 def in_full(action, task):
@@ -1386,7 +1208,7 @@ def plan(agent, state):
 
         sum over t of  gamma^kt (min(Q_r(s, a) - Q_r(s, pi), 0) / |Q_r| - plan_clone |a - clone|^2)
         - 100 * 0.9^t (c + 0.1 [V_f > eps])
-        + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached, what that is worth
+        + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached before, Q_r(s, a) there
 
     |.|^2 is in units of the clone's own error on D; c is the predicate with the margin, of the best
     elite. # DEVIATION: the abstract names no planner. But steering around a hazard is no smooth
@@ -1409,11 +1231,12 @@ def plan(agent, state):
         proposal = agent.propose(x)
         action = torch.where(t < hold, first, proposal)
         away = (action - in_full(agent.imitate(x), task)).square() / agent.clone_error
+        worth = agent.worth(x, action)
         # Without what is lost on the way, a plan that always starts in a moment looks as good.
-        lost = (agent.worth(x, proposal) - agent.worth(x, action)).clamp(min=0)
+        lost = (agent.worth(x, proposal) - worth).clamp(min=0)
         there = model.best(here, action, task.repeat)
-        known = model.foreseen(there)
-        earned = torch.where(known, 0, agent.reached) - lost
+        known = model.foreseen(there)  # else a goal is reached, and worth holds all that follows
+        earned = torch.where(known, -lost, worth)
         score = score + weight * (earned / agent.q_scale - cfg.plan_clone * away.mean(-1))
         weight = weight * cfg.gamma**task.repeat * known  # danger counts behind a goal, too
         x = agent.features(there)
@@ -1422,7 +1245,8 @@ def plan(agent, state):
         score = score - PRICE * 0.9**t * (unsafe + 0.1 * infeasible)
         here = there
     score = score + weight * agent.worth(x, agent.propose(x)) / agent.q_scale
-    return pick(choice, score.view(copies, -1).argmax(0) % len(choice))
+    best = score.view(copies, -1).argmax(0) % len(choice)
+    return choice[best, torch.arange(len(best))]
 
 
 class Policy:
@@ -1468,11 +1292,6 @@ class Policy:
 Training = namedtuple("Training", "agent optimisers generator kept")  # kept: a dict of all else
 
 
-def adam(*nets, rate):
-    """Adam (Kingma and Ba 2015) for the parameters of some networks."""
-    return torch.optim.Adam([p for net in nets for p in net.parameters()], lr=rate, fused=True)
-
-
 def descend(optimiser, loss, share=1):
     """One step of an optimiser, at a share of its rate; the loss's other networks get nothing."""
     group = optimiser.param_groups[0]
@@ -1482,52 +1301,11 @@ def descend(optimiser, loss, share=1):
     optimiser.step()
 
 
-def draw(table, count, generator, rows=None):
-    """Rows of a table at random, of all or of some: {key: (B, .)} -> {key: (count, .)}."""
-    some = next(iter(table.values())) if rows is None else rows
+def draw(table, count, generator):
+    """Rows of a table at random: {key: (B, .)} -> {key: (count, .)}."""
+    some = next(iter(table.values()))
     chosen = torch.randint(len(some), (count,), generator=generator, device=some.device)
-    chosen = chosen if rows is None else rows[chosen]
     return {key: column.index_select(0, chosen) for key, column in table.items()}
-
-
-def draw_counterfactuals(agent, cf, count, generator):
-    """Rows of D_cf: half at random, half from those at or shortly before a violation."""
-    risky = cf["risky"].nonzero()[:, 0]
-    table = {key: cf[key] for key in ("state", "action", "next_state", "cost", "done")}
-    rows = draw(table, count - count // 2, generator)
-    more = draw(table, count // 2, generator, risky if len(risky) else None)
-    rows = {key: torch.cat([rows[key], more[key]]) for key in rows}
-    x = agent.features(torch.cat([rows.pop("state"), rows.pop("next_state")]))
-    rows["x"], rows["next_x"] = x.chunk(2)
-    return rows | {"driver": agent.imitate(rows["x"]).detach()}
-
-
-def training_table(data, agent):
-    """D as training draws it (anew: was a goal reached), its states, its rows nearest to danger."""
-    cfg = agent.cfg
-    d = decisions(data, agent.task, cfg.gamma, agent.margin if cfg.counterfactual else None)
-    near = d.pop("distance").argsort()[: max(1, len(d["done"]) // 4)]
-    states, following = (d.pop(key) for key in ("state", "next_state"))
-    d["reward"] = d["reward"] / d["reward"].std().clamp(min=1e-6)
-    d["anew"] = torch.zeros_like(d["reward"])
-    if cfg.counterfactual:
-        jump = jumped(states, following, agent.task, agent.task.repeat)
-        d["anew"] = (jump & (agent.model.closest.amax(-1) > 0)).any(-1).float()
-    d |= {"x": agent.features(states), "next_x": agent.features(following)}
-    return d, states, near
-
-
-def add_round(cf, states, near, agent, generator):
-    """A round of roll-outs with the present policy, added to D_cf."""
-    count = 10 * max(2, round(agent.cfg.rollouts * agent.cfg.scale / ROUNDS / 10))
-    starts = draw_starts(states, near, agent.model, count, generator)
-    new = roll_out(agent, starts, generator)
-    if not len(new["state"]):
-        raise ProcoError("no roll-out could be believed; the data are too few for a model of them")
-    unsafe = (new["cost"] > 0).any(-1).float().mean()
-    words = f"4 roll-outs: {len(new['state'])} decisions, {unsafe:.1%} of them unsafe"
-    tqdm.write(f"{words}, {new['risky'].float().mean():.1%} at most {RISKY} steps before")
-    return {key: torch.cat([cf[key], new[key]]) for key in new} if cf else new
 
 
 def update(agent, optimisers, d, cf, policy, generator, share=1):
@@ -1535,8 +1313,9 @@ def update(agent, optimisers, d, cf, policy, generator, share=1):
     cfg = agent.cfg
     logs = {}
     rows_d = draw(d, cfg.batch, generator)
-    rows_cf = draw_counterfactuals(agent, cf, cfg.batch, generator) if cf else None
-    rows = with_counterfactuals(rows_d, rows_cf)
+    rows = rows_d | {"driver": rows_d["action"], "trust": torch.ones_like(rows_d["done"])}
+    if cf:
+        rows = with_counterfactuals(agent, rows, draw(cf, cfg.batch, generator))
     # --- Safety critics: from half as many rows of D as of D_cf ---
     if "safety" in optimisers:
         start = cfg.batch // 2 if cf else 0
@@ -1558,8 +1337,10 @@ def update(agent, optimisers, d, cf, policy, generator, share=1):
         loss, violation = actor_loss(agent, rows)
         descend(optimisers["actor"], loss, share)
         logs["actor_loss"] = loss.detach()
+        # --- Dual ascent: lambda, in [0.1, 100], rises while the violation is above 0.003 ---
         if violation is not None:
-            dual_step(agent, violation)
+            agent.log_lam += 0.3 * (violation - 0.003).clamp(-0.003, 0.03)
+            agent.log_lam.clamp_(math.log(0.1), math.log(100))
             infeasible = agent.v_s(rows_d["x"])[0, :, 0] > agent.eps
             logs |= {"lambda": agent.log_lam.exp(), "infeasible_share": infeasible.float().mean()}
     return logs
@@ -1576,17 +1357,19 @@ def begin_training(cfg, task, data, cost, saved=None):
         model = train_dynamics(data, task, cfg, generator)
         kept["report"] = dynamics_report(model, data)
         kept["margin"] = cfg.margin if cfg.margin >= 0 else model_margin(model, cost, data)
+        print(f"3 cost: margin of the conservative cost {kept['margin']:.4f}")
     kept["seconds"]["dynamics"] = time.time() - clock
     kept = {key: saved[key] for key in kept} if saved else kept
     agent = Agent(task, cfg, model, cost, kept["margin"]).to(data["state"].device)
     own = data["state"][:, : task.own_dim]
     agent.mean = own.mean(0)
-    agent.std = deviation(own)
-    optimisers = {"clone": adam(agent.clone, rate=1e-3), "actor": adam(agent.actor, rate=3e-4)}
+    agent.std = own.std(0).clamp(min=1e-5)
+    optimisers = {"clone": adam(agent.clone.parameters(), 1e-3)}
+    optimisers["actor"] = adam(agent.actor.parameters(), 3e-4)
     if cfg.algorithm != "bc":
-        optimisers["q_r"] = adam(agent.q_r, rate=3e-4)
+        optimisers["q_r"] = adam(agent.q_r.parameters(), 3e-4)
     if cfg.algorithm not in ("bc", "td3bc"):
-        optimisers["safety"] = adam(agent.q_s, agent.v_s, rate=1e-3)
+        optimisers["safety"] = adam([*agent.q_s.parameters(), *agent.v_s.parameters()], 1e-3)
     if saved:
         agent.load_state_dict(saved["agent"])
         generator.set_state(saved["generator"].cpu())
@@ -1595,66 +1378,75 @@ def begin_training(cfg, task, data, cost, saved=None):
     return Training(agent, optimisers, generator, kept)
 
 
-def save_training(training, identity, path):
-    """A checkpoint: one dict of everything, networks and optimisers as they save themselves."""
-    agent, optimisers, generator, kept = training
-    saved = kept | {"agent": agent.state_dict(), "generator": generator.get_state()}
-    saved["optimisers"] = {name: optimiser.state_dict() for name, optimiser in optimisers.items()}
-    buffer = io.BytesIO()  # so that a full disk is met by the file system, not within torch
-    torch.save(saved | {"identity": identity, "format": FORMAT}, buffer)
-    with whole(path) as part:
-        part.write_bytes(buffer.getbuffer())
-
-
-def note(kept, logs, bar):
-    """Keeps the logs of an update as metrics. Raises ProcoError where one is no longer finite."""
-    logs = {key: float(value) for key, value in logs.items()}
-    if not all(map(math.isfinite, logs.values())):
-        why = f"a loss is no longer finite at update {kept['step']} ({logs}): is there something"
-        raise ProcoError(f"{why} odd in the data? The last good checkpoint is kept")
-    kept["metrics"].append({"step": kept["step"]} | logs)
-    bar.update(kept["step"] - bar.n)
-    bar.set_postfix_str(" ".join(f"{key} {value:.3g}" for key, value in logs.items()))
-
-
-def train(training, data, save):
-    """Steps 4 to 6, from where the training is to its end; save() is called now and then."""
+def train(training, data, identity, path):
+    """Steps 4 to 6, from where the training is to its end; now and then a checkpoint is written."""
     agent, optimisers, generator, kept = training
     cfg = agent.cfg
-    # The same for every method, so that each actor gets as many updates, with the same rates.
+    # --- D as it is drawn ---
+    d = decisions(data, agent.task, cfg.gamma, agent.margin if cfg.counterfactual else None)
+    states = d.pop("state")
+    d["x"] = agent.features(states)
+    d["next_x"] = agent.features(d.pop("next_state"))
+    d["reward"] = d["reward"] / d["reward"].std().clamp(min=1e-6)
+    # --- Lengths, the same for every method: each actor gets as many updates, at the same rates ---
     parts = (cfg.clone_updates, cfg.feasibility_updates, cfg.updates)
     clone_end, alone, rest = (max(1, round(part * cfg.scale)) for part in parts)
     total = clone_end + alone + rest
     every = math.ceil((alone + rest) / ROUNDS)
-    d, states, near = training_table(data, agent)
     clock = time.time()
-    done = kept["step"] == total
-    with progress(None, "4-6 policy", total, initial=kept["step"], disable=done) as bar:
-        for step in range(kept["step"], total):
-            if step < clone_end:
-                rows = draw({"x": d["x"], "action": d["action"]}, cfg.batch, generator)
-                loss = (agent.imitate(rows["x"]) - rows["action"]).square().mean()
-                descend(optimisers["clone"], loss)
-                logs = {"clone_loss": loss.detach()}
-            else:
-                if step == clone_end:
-                    agent.actor.load_state_dict(agent.clone.state_dict())
-                    error = in_full(agent.imitate(d["x"]), agent.task) - d["action"]
-                    agent.clone_error = error.detach().square().mean(0).clamp(min=1e-4)
-                if cfg.counterfactual and cfg.horizon and (step - clone_end) % every == 0:
-                    kept["cf"] = add_round(kept["cf"], states, near, agent, generator)
-                # Rates fall linearly over the last half: before the first actor update, by default.
-                share = min(1, 2 * (total - step) / (alone + rest))
-                policy = step >= clone_end + alone and step % 2 == 0
-                logs = update(agent, optimisers, d, kept["cf"], policy, generator, share)
-            kept["step"] = step + 1
-            last = step + 1 == total
-            if step % 200 == 0 or last:
-                note(kept, logs, bar)
-            if step % 1000 == 0 or last:  # only what has just been found finite
-                kept["seconds"]["policy"] = kept["seconds"].get("policy", 0) + time.time() - clock
-                clock = time.time()
-                save()
+    bar = tqdm(None, "4-6 policy", total, initial=kept["step"], disable=kept["step"] == total)
+    for step in range(kept["step"], total):
+        if step < clone_end:
+            rows = draw({"x": d["x"], "action": d["action"]}, cfg.batch, generator)
+            loss = (agent.imitate(rows["x"]) - rows["action"]).square().mean()
+            descend(optimisers["clone"], loss)
+            logs = {"clone_loss": loss.detach()}
+        else:
+            if step == clone_end:
+                agent.actor.load_state_dict(agent.clone.state_dict())
+                error = in_full(agent.imitate(d["x"]).detach(), agent.task) - d["action"]
+                agent.clone_error = error.square().mean(0).clamp(min=1e-4)
+            if cfg.counterfactual and cfg.horizon and (step - clone_end) % every == 0:
+                starts = draw_starts(
+                    states,
+                    agent.model,
+                    max(20, round(cfg.rollouts * cfg.scale / ROUNDS)),
+                    generator,
+                )
+                new = roll_out(agent, starts, generator)
+                if not len(new["state"]):
+                    raise ProcoError(
+                        "no roll-out could be believed; the data are too few to learn from"
+                    )
+                cf = kept["cf"] or {key: new[key][:0] for key in new}
+                kept["cf"] = {key: torch.cat([cf[key], new[key]]) for key in new}
+                unsafe = (new["cost"] > 0).any(-1).float().mean()
+                tqdm.write(
+                    f"4 roll-outs: {len(new['state'])} decisions, {unsafe:.1%} of them unsafe"
+                )
+            # Rates fall linearly over the last half: before the first actor update, by default.
+            share = min(1, 2 * (total - step) / (alone + rest))
+            policy = step >= clone_end + alone and step % 2 == 0
+            logs = update(agent, optimisers, d, kept["cf"], policy, generator, share)
+        kept["step"] = step + 1
+        last = step + 1 == total
+        if step % 200 == 0 or last:
+            logs = {key: float(value) for key, value in logs.items()}
+            if not all(map(math.isfinite, logs.values())):
+                why = f"a loss is no longer finite at update {step} ({logs}): is there something"
+                raise ProcoError(f"{why} odd in the data? The last good checkpoint is kept")
+            kept["metrics"].append({"step": step} | logs)
+            bar.update(step + 1 - bar.n)
+            bar.set_postfix_str(" ".join(f"{key} {value:.3g}" for key, value in logs.items()))
+        if step % 1000 == 0 or last:  # only what has just been found finite
+            kept["seconds"]["policy"] = kept["seconds"].get("policy", 0) + time.time() - clock
+            clock = time.time()
+            kept["cf"] = None if last else kept["cf"]  # large, and needed no more
+            saved = {"agent": agent.state_dict(), "generator": generator.get_state()}
+            saved["optimisers"] = {name: one.state_dict() for name, one in optimisers.items()}
+            with whole(path) as file:
+                torch.save(kept | saved | {"identity": identity, "format": FORMAT}, file)
+    bar.close()
 
 
 # ==== 9. The simulator, and evaluation in it ======================================================
@@ -1677,8 +1469,6 @@ def import_simulator():
     import safety_gymnasium.builder
     from safety_gymnasium import world
     from safety_gymnasium.assets.mocaps.gremlins import Gremlins
-    from safety_gymnasium.bases import base_agent
-    from safety_gymnasium.utils import random_generator
 
     # a flat sky: each reset decodes the six pictures of the stock one, for more than a second
     assets = world.yaml.safe_load(Path(world.BASE_DIR, "configs/assets.yaml").read_text("utf-8"))
@@ -1689,9 +1479,6 @@ def import_simulator():
     def load(file, Loader):
         return assets
 
-    def square(d):
-        return [x * x for x in d.tolist()]
-
     def contacts(data):  # without those with the floor (geom 0): most are, and no cost counts them
         pairs = every_contact(data)
         return [pairs[i] for i in np.flatnonzero(pairs.geom1 * pairs.geom2)]
@@ -1701,12 +1488,9 @@ def import_simulator():
         x = np.sin(data.time) * gremlins.travel
         data.mocap_pos[:] = x, np.cos(data.time) * gremlins.travel, gremlins.size
 
+    world.yaml = SimpleNamespace(load=load, FullLoader=None)
     MjData.contact = property(contacts)
     Gremlins.move = move
-    world.yaml = SimpleNamespace(load=load, FullLoader=None)
-    # a reset takes up to 60,000 distances of two points, for which numpy is slow
-    quick = vars(np) | {"square": square, "sum": sum, "sqrt": math.sqrt}
-    random_generator.np = base_agent.np = SimpleNamespace(**quick)
     return safety_gymnasium
 
 
@@ -1730,7 +1514,7 @@ def in_parallel(function, jobs):
     # Forked where that is safe: then a script that calls run() needs no __main__ guard.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     others = multiprocessing.active_children()  # of whoever uses this file as a library
-    pool = ProcessPoolExecutor(min(CORES, len(jobs)), context, begin_worker, (os.getpid(),))
+    pool = ProcessPoolExecutor(min(CORES, len(jobs)), context, begin_worker)
     try:
         yield from pool.map(function, jobs)
     except BrokenProcessPool:
@@ -1741,24 +1525,13 @@ def in_parallel(function, jobs):
         pool.shutdown(cancel_futures=True)
 
 
-def begin_worker(parent):
+def begin_worker():
     """Leaves Ctrl-C to the parent, and ends with it, whatever ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def place(env):
-    """Where the agent is, x + iy in m; on a line its place. For the picture alone."""
-    task = getattr(getattr(env, "unwrapped", None), "task", None)
-    return complex(*task.agent.pos[:2]) if task else complex(getattr(env, "x", 0), 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def drive(job):
@@ -1771,13 +1544,14 @@ def drive(job):
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     steps = [[] for _ in seeds]
     going = set(range(len(envs)))
-    with progress(None, f"9 evaluation: {acting}", agent.task.steps, disable=not show) as bar:
+    with tqdm(None, f"9 evaluation: {acting}", agent.task.steps, disable=not show) as bar:
         while going:
             actions = policy.act(obs)  # of those that have ended, too, which is simple
             bar.update()
             for n in sorted(going):
                 obs[n], reward, cost, terminated, truncated, _ = envs[n].step(actions[n])
-                steps[n].append((float(reward), float(cost), place(envs[n]), cost > 0))
+                at = envs[n].unwrapped.task.agent.pos[:2] if agent.task.lidars else (0, 0)
+                steps[n].append((float(reward), float(cost), complex(*at), cost > 0))
                 if terminated or truncated:
                     going.remove(n)
     rows = []
@@ -1788,8 +1562,9 @@ def drive(job):
     return rows
 
 
-def evaluate(path, cfg, chosen):
-    """Drives the agent of a checkpoint in each chosen way -> {way: its episodes, by seed}."""
+def evaluate(path, cfg):
+    """Drives the agent of a checkpoint, in each way or in one -> {way: its episodes, by seed}."""
+    chosen = ways(get_task(cfg.task), cfg) if cfg.acting == "auto" else [cfg.acting]
     seeds = range(cfg.eval_seed, cfg.eval_seed + cfg.eval_episodes)
     shares = [seeds[n::CORES] for n in range(min(CORES, len(seeds)))]
     jobs = [(path, way, share, share is shares[0]) for way in chosen for share in shares]
@@ -1802,7 +1577,8 @@ def evaluate(path, cfg, chosen):
 
 
 def summarise(cfg, driven):
-    """What results.json says of each way's episodes; normalised as DSRL does, at a limit of 20."""
+    """Prints a row for each way of acting -> what results.json says of its episodes, {way: score};
+    normalised as DSRL does, at a cost limit of 20."""
     infos = dsrl_infos()
     low, high = (infos.get(f"{end}_EPISODE_REWARD", {}).get(cfg.task) for end in ("MIN", "MAX"))
     scores = {}
@@ -1813,6 +1589,7 @@ def summarise(cfg, driven):
         score["zero_cost_share"] = (costs == 0).mean()
         normal = None if low is None else (returns.mean() - low) / (high - low)
         scores[way] = score | {"normalized_return": normal, "normalized_cost": costs.mean() / 20}
+    print_scores(f"{cfg.task} {cfg.method}", scores)
     return scores
 
 
@@ -1824,12 +1601,12 @@ def print_scores(title, scores):
         values = (
             "{return_mean:8.2f} {cost_mean:8.2f}   {zero_cost_share:.0%} of {episodes} episodes"
         )
-        print(f"   {words:<40}{values.format(**score)}")
+        print(f"   {words:<40}" + values.format(**score))
 
 
 # ==== 10. A run: from data to results =============================================================
 
-FORMAT = 11  # of checkpoints, to be raised when older ones can't be read
+FORMAT = 12  # of checkpoints, to be raised when older ones can't be read
 WARNINGS = []  # where the program went another way than the reader may expect
 EVALUATION = ("acting", "plan_clone", "eval_episodes", "eval_seed")
 HARMLESS = ("out", "device", "cost", *EVALUATION)  # settings that change no weights
@@ -1842,18 +1619,14 @@ def warn(text):
     tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
 
-def progress(iterable, text, total=None, **more):
-    """A progress bar, with the time that is left."""
-    scaled = more.get("unit") == "B"
-    return tqdm(iterable, text, total or None, dynamic_ncols=True, unit_scale=scaled, **more)
-
-
 @contextlib.contextmanager
 def whole(path):
-    """A temporary path beside path, renamed at the end: readers see a whole file or none."""
+    """A buffer that becomes a file by a temporary name: readers see a whole file or none."""
+    buffer = io.BytesIO()  # a full disk is met here, not within HDF5 or torch
+    yield buffer
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield part
+        part.write_bytes(buffer.getbuffer())
         os.replace(part, path)
     except OSError as error:
         raise ProcoError(f"can't write {path}: {error.strerror or error}") from None
@@ -1871,41 +1644,46 @@ def writable(folder, option):
         raise ProcoError(f"can't write into {folder}: {reason}") from None
 
 
-def write_table(path, rows, columns=None):
-    """A CSV file from dicts; what a row lacks stays empty."""
-    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
-    with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, extrasaction="ignore")
-        table.writeheader()
-        table.writerows(rows)
+def write_table(path, rows):
+    """A CSV file of what dicts hold but lists; what a row lacks stays empty."""
+    columns = dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], tuple))
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, extrasaction="ignore")
+    table.writeheader()
+    table.writerows(rows)
+    with whole(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def versions():
     """What the numbers are made with: {package: version or None}."""
-    found = {"python": sys.version.split()[0], "threads": torch.get_num_threads()}
-    for name in ("torch", "numpy", "safety-gymnasium", "dsrl", "mujoco", "gymnasium"):
-        there = next(importlib.metadata.distributions(name=name), None)
-        found[name] = there and there.version
-    return found
+    names = ("torch", "numpy", "safety-gymnasium", "dsrl", "mujoco", "gymnasium")
+    found = {name: next(importlib.metadata.distributions(name=name), None) for name in names}
+    found = {name: there and there.version for name, there in found.items()}
+    return found | {"python": sys.version.split()[0], "threads": torch.get_num_threads()}
 
 
-def load_checkpoint(path, device="cpu"):
-    """What a run saved. Raises ProcoError."""
+def load_kept(path, device="cpu"):
+    """What a results.json or a checkpoint holds. Raises ProcoError."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        if path.suffix == ".json":
+            kept = json.loads(path.read_text("utf-8"))
+        else:
+            kept = torch.load(path, map_location=device, weights_only=True)
+        if kept["format"] == FORMAT:
+            return kept
+        reason = "is of another version of this program"
     except OSError as error:
         raise ProcoError(f"can't read {path}: {error.strerror or error}; train first") from None
     except Exception as error:  # noqa: BLE001 (torch raises many kinds for a file that is cut)
-        raise ProcoError(f"{path} is damaged ({type(error).__name__}); train again") from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ProcoError(f"{path} is of another version of this program; train again")
-    return saved
+        reason = f"is damaged ({type(error).__name__})"
+    raise ProcoError(f"{path} {reason}; train again, or use another --out")
 
 
 def load_run(path, device="cpu"):
     """The Agent of a run, by its folder or a checkpoint. Raises ProcoError where there is none."""
     path = Path(path).expanduser()
-    saved = load_checkpoint(path if path.suffix == ".pt" else path / "checkpoint.pt", device)
+    saved = load_kept(path if path.suffix == ".pt" else path / "checkpoint.pt", device)
     cfg = Config(**saved["identity"]["settings"])
     task = get_task(cfg.task)
     model = Dynamics(task, cfg) if cfg.counterfactual else None
@@ -1917,44 +1695,24 @@ def load_run(path, device="cpu"):
     return agent.to(device).requires_grad_(False)
 
 
-def run_folder(cfg):
-    """Where a run is kept."""
-    return Path(cfg.out).expanduser() / cfg.task / cfg.method / f"seed{cfg.seed}"
-
-
-def differences(made, now):
-    """What differs between the identities of two runs: settings, predicate, data -> a sentence."""
-    pairs = [(name, made[name], now[name]) for name in ("predicate", "data")]
-    for name in set(now["settings"]).difference(HARMLESS):
-        pairs.append((name, made["settings"].get(name), now["settings"][name]))
-    return "; ".join(f"{name} {was}, now {value}" for name, was, value in pairs if was != value)
-
-
-def load_results(path):
-    """The content of a results.json. Raises ProcoError."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        return content | {"identity": dict(content["identity"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"is damaged or of another version ({type(error).__name__}); use another --out"
-        raise ProcoError(f"{path} {reason}") from None
-
-
 def kept_run(folder, identity, device):
     """What --resume goes on with: (results of a finished run or None, checkpoint or None)."""
-    for name in ("training.pt", "results.json", "checkpoint.pt"):
-        path = folder / name
-        if not path.exists():
+    settings = identity["settings"]
+    differs = ""
+    for name in ("results.json", "training.pt", "checkpoint.pt"):
+        if not (folder / name).exists():
             continue
-        kept = load_results(path) if name == "results.json" else load_checkpoint(path, device)
-        differs = differences(kept["identity"], identity)
-        if differs and (name != "training.pt" or not (folder / "results.json").exists()):
-            raise ProcoError(f"{path} was made otherwise ({differs}); use another --out")
-        if name != "results.json" and not differs:
+        kept = load_kept(folder / name, device)
+        made = kept["identity"]["settings"]
+        pairs = [(key, kept["identity"][key], identity[key]) for key in ("predicate", "data")]
+        pairs += [(key, made.get(key), settings[key]) for key in settings if key not in HARMLESS]
+        differs = "; ".join(f"{key} {was}, now {now}" for key, was, now in pairs if was != now)
+        if not differs and name != "results.json":
             return None, kept
-        asked = [kept["identity"]["settings"][key] for key in EVALUATION]
-        if not differs and asked == [identity["settings"][key] for key in EVALUATION]:
+        if not differs and all(made[key] == settings[key] for key in EVALUATION):
             return kept, None
+    if differs:
+        raise ProcoError(f"{folder} holds another run ({differs}); use another --out")
     return None, None
 
 
@@ -1974,88 +1732,70 @@ def prepare(cfg):
         warn(f"mujoco {installed['mujoco']} drives other paths than the 2.3 of DSRL's data")
     if not installed["dsrl"]:
         warn("the package dsrl is not installed: no normalised scores, no download of its data")
-    writable(run_folder(cfg), "--out")
+    writable(cfg.folder, "--out")
     return task, cost, "cuda" if cuda and cfg.device != "cpu" else "cpu"
 
 
 def run(cfg, resume=False):
     """A whole run, from data to results -> the content of results.json. Raises ProcoError."""
     WARNINGS.clear()
-    begin = time.time()
+    clock = time.time()
     task, cost, device = prepare(cfg)
+    folder = cfg.folder
     source, path = find_data(cfg)
     arrays, facts = load_data(path, task, cfg.max_episode_cost)
-    facts = {"source": source, "path": str(path), "rows": facts["transitions"]} | facts
-    words = "1 data: {source} {path}: {episodes} of {of_episodes} episodes, {transitions} steps"
-    print(f"{words}, return {{return_mean:.2f}}, {{unsafe_share:.2%}} unsafe".format(**facts))
+    facts |= {"source": source, "path": str(path)}
+    words = "1 data: {source} {path}: {episodes} of {of_episodes} episodes, {rows} steps, return"
+    print(f"{words} {{return_mean:.2f}}, {{unsafe_share:.2%}} unsafe".format(**facts))
     identity = {"settings": dataclasses.asdict(cfg), "predicate": cost.digest}
     identity["data"] = {key: facts[key] for key in ("source", "rows", "hash")}
-    results, saved = kept_run(run_folder(cfg), identity, device) if resume else (None, None)
+    results, saved = kept_run(folder, identity, device) if resume else (None, None)
     if results:
         print_scores(f"{cfg.task} {cfg.method}, finished before", results["acting"])
         return results
-    part = run_folder(cfg) / "training.pt"  # what is finished stays until this run is, too
+    part = folder / "training.pt"  # what is finished stays until this run is, too
     if not saved:
         part.unlink(missing_ok=True)
-    d = to_device(arrays, task, device)
-    measure_distances(d, cost, task)
+    data = to_device(arrays, task, cost, device)
+    seconds = {"data": time.time() - clock}
     print(f"2-6 training on {device}, {torch.get_num_threads()} threads")
-    training = begin_training(cfg, task, d, cost, saved)
+    training = begin_training(cfg, task, data, cost, saved)
     kept = training.kept
-    seconds = kept["seconds"]
-    seconds.setdefault("data", time.time() - begin - seconds["dynamics"])
-    save = functools.partial(save_training, training, identity, part)
-    save()
-    if cfg.counterfactual:
-        print_report(kept["report"], kept["margin"])
-    train(training, d, save)
-    kept["cf"] = None  # large, and needed no more
-    save()
+    kept["seconds"] = seconds | kept["seconds"]
+    train(training, data, identity, part)
     clock = time.time()
-    driven = evaluate(part, cfg, ways(task, cfg))
-    seconds["evaluation"] = time.time() - clock
+    driven = evaluate(part, dataclasses.replace(cfg, acting="auto"))
+    seconds = kept["seconds"] | {"evaluation": time.time() - clock}
     seconds["total"] = sum(seconds.values())
-    content = {"task": cfg.task, "method": cfg.method, "seed": cfg.seed, "identity": identity}
-    content |= {"settings": identity["settings"], "data": facts, "dynamics": kept["report"]}
-    content |= {"margin": kept["margin"], "timing": seconds, "versions": versions()}
-    content["device"] = device
-    return finish(run_folder(cfg), training, driven, content)
+    settings = identity["settings"]
+    content = {key: settings[key] for key in ("task", "method", "seed")}
+    content |= {"identity": identity, "settings": settings, "data": facts, "format": FORMAT}
+    content |= {"dynamics": kept["report"], "margin": kept["margin"], "timing": seconds}
+    content |= {"versions": versions(), "device": device, "warnings": WARNINGS}
+    scores = summarise(cfg, driven)
+    acting = list(scores)[-1] if cfg.acting == "auto" else cfg.acting
+    content |= {"acting": scores, "eval": scores[acting] | {"acting": acting}}
+    return finish(cfg.folder, training, driven, content)
 
 
 def finish(folder, training, driven, content):
     """Writes what a run leaves; results.json is last, but for the picture -> its content."""
-    cfg = training.agent.cfg
-    scores = summarise(cfg, driven)
-    acting = list(scores)[-1] if cfg.acting == "auto" else cfg.acting
-    content |= {"eval": scores[acting] | {"acting": acting}, "acting": scores, "warnings": WARNINGS}
     # JSON knows no NaN
     content = json.loads(json.dumps(content, default=float), parse_constant={}.get)
     (folder / "results.json").unlink(missing_ok=True)  # once it is there again, all is new
     os.replace(folder / "training.pt", folder / "checkpoint.pt")
     write_table(folder / "metrics.csv", training.kept["metrics"])
-    columns = ("acting", "seed", "return", "cost", "length")
-    write_table(folder / "episodes.csv", [row for rows in driven.values() for row in rows], columns)
-    with whole(folder / "results.json") as part:
-        part.write_text(json.dumps(content, indent=1), "utf-8")
+    write_table(folder / "episodes.csv", [row for rows in driven.values() for row in rows])
+    with whole(folder / "results.json") as file:
+        file.write(json.dumps(content, indent=1).encode())
     try:
         draw_report(folder / "report.png", training.agent, driven)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the results are on disk)
         warn(f"no picture ({type(error).__name__}: {error})")
-    print_scores(f"{cfg.task} {cfg.method}", scores)
     print(f"   {folder}/results.json after {content['timing']['total']:.0f} s")
     for text in WARNINGS:
         print(f"   NOTE: {text}")
     return content
-
-
-def evaluate_run(folder, changes):
-    """Drives a finished run again; changes: settings of the evaluation -> {way: score}."""
-    path = Path(folder).expanduser() / "checkpoint.pt"
-    cfg = Config(**load_checkpoint(path)["identity"]["settings"] | changes)
-    known = ways(get_task(cfg.task), cfg) if cfg.acting == "auto" else [cfg.acting]
-    scores = summarise(cfg, evaluate(path, cfg, known))
-    print_scores(f"{cfg.task} {cfg.method}", scores)
-    return scores
 
 
 @torch.no_grad()
@@ -2065,84 +1805,82 @@ def draw_report(path, agent, driven):
 
     agent = copy.deepcopy(agent).cpu()
     task = agent.task
-    if not (task.lidars or task.state_dim == 2):
+    if not task.lidars and task.name != "DoubleIntegrator":
         return
     figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.add_subplot()
-    span = (-2.5, 2.5, -2.5, 2.5) if task.lidars else (-1, 1, -0.5, 2)
-    x, y = np.meshgrid(np.linspace(*span[:2], 151), np.linspace(*span[2:], 151))
+    axes = figure.add_subplot(xlabel="x, m", ylabel="y, m")
+    reach = 2.5 if task.lidars else 2.0
+    x, y = np.meshgrid(np.linspace(-reach, reach, 151), np.linspace(-reach, reach, 151))
     if task.lidars:
         env = make_env(task.name)
-        own, z = split(encode(env.reset(seed=driven["clone"][0]["seed"])[0], task), task)
-        moved = torch.as_tensor((x + 1j * y - place(env)).ravel(), dtype=torch.cfloat)
+        first, *_, last = [*driven, *driven]
+        episode = driven[last][0]
+        own, z = split(encode(env.reset(seed=episode["seed"])[0], task), task)
+        moved = torch.as_tensor((x + 1j * y - episode["path"][0]).ravel(), dtype=torch.cfloat)
         z = z - (moved / (-2 * torch.complex(own[4], own[3])))[:, None]
         own = torch.cat([agent.mean[:3], own[3:]])  # moving as drivers do on average
         state = join(own.expand(len(z), -1), z, task)
-        axes.set(xlabel="x, m", ylabel="y, m", aspect="equal")
+        for way, colour in {first: "tab:red", last: "white"}.items():
+            route = np.array(driven[way][0]["path"])
+            hits = route[driven[way][0]["unsafe"]]
+            axes.plot(route.real, route.imag, color=colour, lw=1)
+            axes.plot(hits.real, hits.imag, "x", color=colour, label=f"{way}: {len(hits)} x")
+        axes.legend(facecolor="0.5")
     else:
-        state = torch.as_tensor(np.stack([x, y], -1).reshape(-1, 2), dtype=torch.float32)
-        if task.name == "DoubleIntegrator":
-            axes.contour(x, y, double_integrator_infeasible(x, y), [0.5], linestyles="--")
-        axes.set(xlabel="first field (dashed: closed form)", ylabel="second field")
+        state = torch.as_tensor(np.stack([x.ravel(), y.ravel()], -1), dtype=torch.float32)
+        axes.contour(x, y, double_integrator_infeasible(x, y), [0.5], linestyles="--")
+        axes.set(ylabel="speed, m/s (dashed: closed form)")
     v_f = agent.feasibility(state).reshape(x.shape)
     mesh = axes.pcolormesh(x, y, v_f, cmap="cividis", vmin=0, vmax=1, rasterized=True)
     axes.contour(x, y, v_f, [agent.eps], colors="white")
     figure.colorbar(mesh, label=f"V_f as the episode begins (line: eps = {agent.eps:g})")
-    colours = {"clone": "tab:red", list(driven)[-1]: "white"} if task.lidars else {}
-    for way, colour in colours.items():
-        route, unsafe = (np.array(driven[way][0][key]) for key in ("path", "unsafe"))
-        axes.plot(route.real, route.imag, color=colour, lw=1)
-        hits = route[unsafe]
-        axes.plot(hits.real, hits.imag, "x", color=colour, label=f"{way}: {len(hits)} x")
-        axes.legend(facecolor="0.5")
-    with whole(path) as part:
-        figure.savefig(part, dpi=110, format="png")
+    with whole(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
-def parse(argv):
-    """The command line -> ({setting: value} of those that were given, the other flags)."""
+def parser():
+    """The command line, made from Config."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    line = argparse.ArgumentParser(
         "proco.py", None, __doc__.split("Shapes:")[0], formatter_class=form
     )
-    add = {}
+    groups = {}
     for field in dataclasses.fields(Config):
         about = field.metadata
-        if about["group"] not in add:
-            add[about["group"]] = parser.add_argument_group(about["group"]).add_argument
+        group = about["group"]
+        groups[group] = groups.get(group) or line.add_argument_group(group)
         flag = "--" + field.name.replace("_", "-")
         words = about["help"] + (f" ({about['default']})" if about["default"] != "" else "")
-        add[about["group"]](flag, type=type(about["default"]), metavar="X", help=words)
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    parser.add_argument("--evaluate", metavar="RUN", help="drive a finished run again, and leave")
-    flags = vars(parser.parse_args(argv))
-    other = {key: flags.pop(key) for key in ("resume", "evaluate")}
-    return {key: value for key, value in flags.items() if value is not None}, other
+        groups[group].add_argument(flag, type=type(about["default"]), metavar="X", help=words)
+    line.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    line.add_argument("--evaluate", metavar="RUN", help="drive a finished run again, and leave")
+    return line
 
 
 def main(argv=None):
     """The command line -> exit code: 0; 2 and one sentence on stderr; 130 where it was stopped."""
-    given, flags = parse(argv)
-    part = Path()
+    given = vars(parser().parse_args(argv))
+    given = {key: value for key, value in given.items() if value is not None}
+    resume = given.pop("resume")
+    finished = given.pop("evaluate", None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if flags["evaluate"]:
-            other = ", ".join(f"--{key}" for key in given if key not in EVALUATION)
-            if other:
-                raise ProcoError(f"--evaluate drives a run as it was trained: it takes no {other}")
-            evaluate_run(flags["evaluate"], given)
-        else:
-            cfg = Config(**given)
-            part = run_folder(cfg) / "training.pt"
-            run(cfg, flags["resume"])
+        if not finished:
+            run(Config(**given), resume)
+            return 0
+        other = ", ".join(f"--{key}" for key in given if key not in EVALUATION)
+        if other:
+            raise ProcoError(f"--evaluate drives a run as it was trained: it takes no {other}")
+        path = Path(finished).expanduser() / "checkpoint.pt"
+        cfg = Config(**load_kept(path)["identity"]["settings"] | given)
+        summarise(cfg, evaluate(path, cfg))
         return 0
     except ProcoError as error:
         print(f"proco: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, SIGTERM, a closed pipe
-        hint = (
-            "the same command with --resume goes on" if part.is_file() else "nothing was kept yet"
-        )
+        kept = (Config(**given).folder / "training.pt").exists()
+        hint = "the same command with --resume goes on" if kept else "nothing was kept yet"
         print(f"\nproco: stopped; {hint}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is flushed into a closed pipe
         return 130
