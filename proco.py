@@ -109,7 +109,7 @@ class Config:
     max_episode_cost: float = setting(0.0, "1 data", "most violations of a kept episode", 0, 1e9)
     driver_episodes: int = setting(50, "1 data", "episodes of the demonstrator", 2, 1e6)
     ensemble: int = setting(7, "2 dynamics", "members; two thirds become elites", 1, 100)
-    model_epochs: int = setting(20, "2 dynamics", "most epochs of the model", 1, 1e6)
+    model_epochs: int = setting(20, "2 dynamics", "epochs of the model", 1, 1e6)
     cost: str = setting("", "3 cost", "file of a predicate (default: llm_costs/<task>.py)")
     margin: float = setting(-1.0, "3 cost", "widens danger, m or m/s; -1: by model error", -1, 0.99)
     horizon: int = setting(36, "4 roll-outs", "steps of a roll-out; 0: no roll-outs", 0, 1e4)
@@ -205,7 +205,7 @@ class Task:
     repeat: int = 1  # steps that a decision lasts
     saturation: tuple = ()  # of each action, beyond which it acts no more; () is 1 for all
     healthy: tuple = ()  # (field of the state, low, high): an episode ends beyond
-    limited: tuple = ()  # without lidars: fields that the predicate reads, drawn anew by displace
+    limited: tuple = ()  # without lidars: fields that the predicate reads, which starts redraw
     settings: dict = dataclasses.field(default_factory=dict)  # its own defaults of Config
 
     def __post_init__(self):
@@ -463,14 +463,15 @@ def fetch_dsrl(task, cache_dir=None, base_url=None):
     for base in [base_url] if base_url else [MIRROR, host]:
         try:
             download(f"{base.rstrip('/')}/{name}", part)
-            if h5py.is_hdf5(part):
-                os.replace(part, path)
-                return path
-            part.unlink()
-            reasons.append(f"{base} sends a web page or the like, no HDF5")
-        except OSError as error:  # those of requests are of this kind, too
-            status = getattr(getattr(error, "response", None), "status_code", "")
-            reasons.append(f"{base}: {error.strerror or type(error).__name__} {status}".strip())
+            h5py.File(part, "r", locking=False).close()
+            os.replace(part, path)
+            return path
+        except requests.RequestException as error:
+            status = getattr(error.response, "status_code", type(error).__name__)
+            reasons.append(f"{base}: {status}")
+        except OSError as error:  # a web page, say, or a full disk
+            part.unlink(missing_ok=True)
+            reasons.append(f"{base}: {error.strerror or f'no HDF5, or cut off ({error})'}")
     advice = f"get {name} from {MIRROR} into {path.parent}, or give a file with --data"
     none = "the tasks Goal, Circle and Button need none: they are demonstrated"
     raise ProcoError(f"no recordings of {task} ({'; '.join(reasons)}): {advice}; {none}")
@@ -762,9 +763,9 @@ def train_dynamics(data, task, cfg, generator):
 
 @torch.no_grad()
 def dynamics_report(model, data):
-    """Prints and returns how wrong the best elite is on held-out episodes, {block: {"r2" of a step's
-    change, "error" after 1, 5, 10, 15 steps, root mean square, "nothing_changes": the start's}};
-    of lidars, of the distance of the nearest thing, m; of sensors, in usual changes a step."""
+    """Prints and returns how wrong the best elite is on held-out episodes, {block: {"r2" of a
+    step's change, "error" after 1, 5, 10, 15 steps, root mean square, "nothing_changes": the
+    start's}}: of the nearest thing's distance, m; of sensors, in usual changes of a step."""
     task = model.task
 
     def blocks(state):
@@ -974,12 +975,13 @@ class Agent(nn.Module):
 # action could have saved are infeasible ones, which look harmless: step 5 tells.
 
 ROUNDS = 6  # of roll-outs, spread over the training
+LINGER = 20  # steps that a roll-out goes on after its first violation, so that leaving is learnt
 
 
 def draw_starts(states, model, count, generator):
     """Where roll-outs begin (count, S): recorded states; every second one where nobody ever was.
-    # ASSUMED: with lidars, the scene from up to 0.5 m beside, at a share of another row's motion:
-    safe drivers are never slow and near a hazard. Without, limited fields from the model's range."""
+    # ASSUMED: with lidars, the scene from up to 0.5 m beside, at a share of another row's motion,
+    as safe drivers are never slow near a hazard; without, limited fields from the model's range."""
     task = model.task
     uniform = functools.partial(torch.rand, generator=generator, device=states.device)
     starts = states[torch.randint(len(states), (count,), generator=generator, device=states.device)]
@@ -1007,8 +1009,8 @@ def behave(agent, state, held, noise):
 @torch.no_grad()
 def roll_out(agent, starts, generator):
     """D_cf: drives the model from starts (B, S) -> {state, action, next_state, cost (B, k), ...}.
-    A row ends with a violation, where elites disagree, an episode ends or a goal is redrawn.
-    # DEVIATION: by the mean of one elite; noise on all places makes the nearest look too near."""
+    A row ends LINGER steps after its first violation, where elites disagree, an episode ends or a
+    goal is redrawn. # DEVIATION: by one elite's mean; noise makes the nearest look too near."""
     task = agent.task
     model = agent.model
     shape = (len(starts), task.act_dim)
@@ -1016,6 +1018,7 @@ def roll_out(agent, starts, generator):
     held = 2 * uniform(shape) - 1
     state = starts
     alive = torch.ones(len(starts), dtype=torch.bool, device=starts.device)
+    since = torch.zeros(len(starts), device=starts.device)  # steps since the first violation
     table = []
     for _ in range(max(1, agent.cfg.horizon // task.repeat)):
         renew = uniform(len(starts), 1) < 0.15  # not so often that it averages out
@@ -1034,7 +1037,9 @@ def roll_out(agent, starts, generator):
             over = over | ended(state, task)
         costs = torch.stack(costs, -1)  # (B, k)
         table.append((begin, action, state, costs, over.float(), known))
-        alive = known & ~over & (costs == 0).all(-1)
+        hit = (costs > 0).any(-1) & known
+        since = torch.where((since > 0) | hit, since + task.repeat, since)
+        alive = known & ~over & (since <= LINGER)
     *columns, known = (torch.stack(column) for column in zip(*table))  # (H, B, .)
     names = ("state", "action", "next_state", "cost", "done")
     return {name: column[known] for name, column in zip(names, columns)}
@@ -1378,6 +1383,37 @@ def begin_training(cfg, task, data, cost, saved=None):
     return Training(agent, optimisers, generator, kept)
 
 
+def save_training(training, identity, path):
+    """A checkpoint: one dict of everything, networks and optimisers as they save themselves."""
+    agent, optimisers, generator, kept = training
+    saved = kept | {"agent": agent.state_dict(), "generator": generator.get_state()}
+    saved["optimisers"] = {name: optimiser.state_dict() for name, optimiser in optimisers.items()}
+    with whole(path) as file:
+        torch.save(saved | {"identity": identity, "format": FORMAT}, file)
+
+
+def add_round(cf, states, agent, generator):
+    """A round of roll-outs with the present policy, added to D_cf."""
+    count = max(20, round(agent.cfg.rollouts * agent.cfg.scale / ROUNDS))
+    new = roll_out(agent, draw_starts(states, agent.model, count, generator), generator)
+    if not len(new["state"]):
+        raise ProcoError("no roll-out could be believed; the data are too few for a model of them")
+    unsafe = (new["cost"] > 0).any(-1).float().mean()
+    tqdm.write(f"4 roll-outs: {len(new['state'])} decisions, {unsafe:.1%} of them unsafe")
+    return {key: torch.cat([cf[key], new[key]]) for key in new} if cf else new
+
+
+def note(kept, logs, bar):
+    """Keeps the logs of an update as metrics. Raises ProcoError where one is no longer finite."""
+    logs = {key: float(value) for key, value in logs.items()}
+    if not all(map(math.isfinite, logs.values())):
+        why = f"a loss is no longer finite at update {kept['step']} ({logs}): is there something"
+        raise ProcoError(f"{why} odd in the data? The last good checkpoint is kept")
+    kept["metrics"].append({"step": kept["step"]} | logs)
+    bar.update(kept["step"] - bar.n)
+    bar.set_postfix_str(" ".join(f"{key} {value:.3g}" for key, value in logs.items()))
+
+
 def train(training, data, identity, path):
     """Steps 4 to 6, from where the training is to its end; now and then a checkpoint is written."""
     agent, optimisers, generator, kept = training
@@ -1394,59 +1430,36 @@ def train(training, data, identity, path):
     total = clone_end + alone + rest
     every = math.ceil((alone + rest) / ROUNDS)
     clock = time.time()
-    bar = tqdm(None, "4-6 policy", total, initial=kept["step"], disable=kept["step"] == total)
-    for step in range(kept["step"], total):
-        if step < clone_end:
-            rows = draw({"x": d["x"], "action": d["action"]}, cfg.batch, generator)
-            loss = (agent.imitate(rows["x"]) - rows["action"]).square().mean()
-            descend(optimisers["clone"], loss)
-            logs = {"clone_loss": loss.detach()}
-        else:
-            if step == clone_end:
-                agent.actor.load_state_dict(agent.clone.state_dict())
-                error = in_full(agent.imitate(d["x"]).detach(), agent.task) - d["action"]
-                agent.clone_error = error.square().mean(0).clamp(min=1e-4)
-            if cfg.counterfactual and cfg.horizon and (step - clone_end) % every == 0:
-                starts = draw_starts(
-                    states,
-                    agent.model,
-                    max(20, round(cfg.rollouts * cfg.scale / ROUNDS)),
-                    generator,
-                )
-                new = roll_out(agent, starts, generator)
-                if not len(new["state"]):
-                    raise ProcoError(
-                        "no roll-out could be believed; the data are too few to learn from"
-                    )
-                cf = kept["cf"] or {key: new[key][:0] for key in new}
-                kept["cf"] = {key: torch.cat([cf[key], new[key]]) for key in new}
-                unsafe = (new["cost"] > 0).any(-1).float().mean()
-                tqdm.write(
-                    f"4 roll-outs: {len(new['state'])} decisions, {unsafe:.1%} of them unsafe"
-                )
-            # Rates fall linearly over the last half: before the first actor update, by default.
-            share = min(1, 2 * (total - step) / (alone + rest))
-            policy = step >= clone_end + alone and step % 2 == 0
-            logs = update(agent, optimisers, d, kept["cf"], policy, generator, share)
-        kept["step"] = step + 1
-        last = step + 1 == total
-        if step % 200 == 0 or last:
-            logs = {key: float(value) for key, value in logs.items()}
-            if not all(map(math.isfinite, logs.values())):
-                why = f"a loss is no longer finite at update {step} ({logs}): is there something"
-                raise ProcoError(f"{why} odd in the data? The last good checkpoint is kept")
-            kept["metrics"].append({"step": step} | logs)
-            bar.update(step + 1 - bar.n)
-            bar.set_postfix_str(" ".join(f"{key} {value:.3g}" for key, value in logs.items()))
-        if step % 1000 == 0 or last:  # only what has just been found finite
-            kept["seconds"]["policy"] = kept["seconds"].get("policy", 0) + time.time() - clock
-            clock = time.time()
-            kept["cf"] = None if last else kept["cf"]  # large, and needed no more
-            saved = {"agent": agent.state_dict(), "generator": generator.get_state()}
-            saved["optimisers"] = {name: one.state_dict() for name, one in optimisers.items()}
-            with whole(path) as file:
-                torch.save(kept | saved | {"identity": identity, "format": FORMAT}, file)
-    bar.close()
+    done = kept["step"] == total  # what is driven again is not trained again
+    if done:
+        save_training(training, identity, path)
+    with tqdm(None, "4-6 policy", total, initial=kept["step"], disable=done) as bar:
+        for step in range(kept["step"], total):
+            if step < clone_end:
+                rows = draw({"x": d["x"], "action": d["action"]}, cfg.batch, generator)
+                loss = (agent.imitate(rows["x"]) - rows["action"]).square().mean()
+                descend(optimisers["clone"], loss)
+                logs = {"clone_loss": loss.detach()}
+            else:
+                if step == clone_end:
+                    agent.actor.load_state_dict(agent.clone.state_dict())
+                    error = in_full(agent.imitate(d["x"]).detach(), agent.task) - d["action"]
+                    agent.clone_error = error.square().mean(0).clamp(min=1e-4)
+                if cfg.counterfactual and cfg.horizon and (step - clone_end) % every == 0:
+                    kept["cf"] = add_round(kept["cf"], states, agent, generator)
+                # Rates fall linearly over the last half of the time after cloning.
+                share = min(1, 2 * (total - step) / (alone + rest))
+                policy = step >= clone_end + alone and step % 2 == 0
+                logs = update(agent, optimisers, d, kept["cf"], policy, generator, share)
+            kept["step"] = step + 1
+            last = step + 1 == total
+            if step % 200 == 0 or last:
+                note(kept, logs, bar)
+            if step % 1000 == 0 or last:  # only what has just been found finite
+                kept["seconds"]["policy"] = kept["seconds"].get("policy", 0) + time.time() - clock
+                clock = time.time()
+                kept["cf"] = None if last else kept["cf"]  # large, and needed no more
+                save_training(training, identity, path)
 
 
 # ==== 9. The simulator, and evaluation in it ======================================================
@@ -1608,7 +1621,7 @@ def print_scores(title, scores):
 
 FORMAT = 12  # of checkpoints, to be raised when older ones can't be read
 WARNINGS = []  # where the program went another way than the reader may expect
-EVALUATION = ("acting", "plan_clone", "eval_episodes", "eval_seed")
+EVALUATION = ("acting", "eval_episodes", "eval_seed")
 HARMLESS = ("out", "device", "cost", *EVALUATION)  # settings that change no weights
 
 
@@ -1822,7 +1835,7 @@ def draw_report(path, agent, driven):
         state = join(own.expand(len(z), -1), z, task)
         for way, colour in {first: "tab:red", last: "white"}.items():
             route = np.array(driven[way][0]["path"])
-            hits = route[driven[way][0]["unsafe"]]
+            hits = route[list(driven[way][0]["unsafe"])]
             axes.plot(route.real, route.imag, color=colour, lw=1)
             axes.plot(hits.real, hits.imag, "x", color=colour, label=f"{way}: {len(hits)} x")
         axes.legend(facecolor="0.5")
@@ -1879,7 +1892,7 @@ def main(argv=None):
         print(f"proco: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, SIGTERM, a closed pipe
-        kept = (Config(**given).folder / "training.pt").exists()
+        kept = not finished and (Config(**given).folder / "training.pt").exists()
         hint = "the same command with --resume goes on" if kept else "nothing was kept yet"
         print(f"\nproco: stopped; {hint}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is flushed into a closed pipe

@@ -528,8 +528,8 @@ def write_cost(task, url, model, key=None, attempts=3, out_dir=None, data=None):
             messages.append({"role": "user", "content": f"This is refused: {why} {again}"})
             continue
         path = folder / f"{task}.py"
-        with proco.whole(path) as part:
-            part.write_text(f"{head_comment(task, model)}\n{code}", encoding="utf-8")
+        with proco.whole(path) as file:
+            file.write(f"{head_comment(task, model)}\n{code}".encode())
         print(f"{path}: reply {attempt} of {attempts} by {model} passed; {flagged}")
         return path
     raise CostError(f"none of {attempts} replies passed; the last one: {why}")
