@@ -2431,7 +2431,7 @@ def test_a_busy_server_is_asked_again_for_a_minute(endpoint, ask_once, monkeypat
     busy = error(429, "slow down", Retry_After="7")
     odd = error(503, "loading", Retry_After="Wed, 21 Oct 2026 07:28:00 GMT")
     assert GOOD in ask_once(odd, busy, odd, answer(fenced(GOOD)))
-    waits = [wait for wait in waits if wait]
+    waits = [wait for wait in waits if wait >= 1]  # subprocess waits, too, but for less
     assert waits == [1, 7, 14]
     endpoint.answers = [odd] * 20
     with pytest.raises(ProcoError, match="loading"):
