@@ -113,12 +113,12 @@ class Config:
     cost: str = setting("", "3 cost", "file of a predicate (default: llm_costs/<task>.py)")
     margin: float = setting(-1.0, "3 cost", "widens danger, m or m/s; -1: by model error", -1, 0.99)
     horizon: int = setting(36, "4 roll-outs", "steps of a roll-out; 0: no roll-outs", 0, 1e4)
-    rollouts: int = setting(12_000, "4 roll-outs", "in the whole run", 1, 1e9)
+    rollouts: int = setting(30_000, "4 roll-outs", "in the whole run", 1, 1e9)
     gamma_f: float = setting(0.97, "5 feasibility", "discount of violations, a step", 0.01, 0.9999)
     eps: float = setting(0.5, "5 feasibility", "feasible is where V_f <= eps", 0.001, 0.999)
-    clone_updates: int = setting(1_500, "6 policy", "of the clone, where all begin", 1, 1e9)
-    feasibility_updates: int = setting(2_500, "6 policy", "of safety critics alone", 1, 1e9)
-    updates: int = setting(2_000, "6 policy", "of safety critics; half of Q_r and actor", 1, 1e9)
+    clone_updates: int = setting(2_000, "6 policy", "of the clone, where all begin", 1, 1e9)
+    feasibility_updates: int = setting(6_000, "6 policy", "of safety critics alone", 1, 1e9)
+    updates: int = setting(4_000, "6 policy", "of safety critics; half of Q_r and actor", 1, 1e9)
     batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
     hidden: int = setting(128, "6 policy", "width of each network's two hidden layers", 2, 1e5)
     gamma: float = setting(0.99, "6 policy", "discount of the reward, a step", 0.01, 1)
@@ -272,10 +272,13 @@ TASKS = {
 }
 for row in itertools.product(AGENTS, LIDARS, (1, 2)):
     TASKS["{}{}{}".format(*row)] = navigation_task(*row)
+# A violation is seldom announced, so gamma_f is short and eps small; and the actor must not leave the
+# gait of the clone, so training is short.
+GAIT = {"gamma_f": 0.9, "eps": 0.1, "clone_updates": 1_500, "feasibility_updates": 2_500}
+GAIT |= {"updates": 2_000, "rollouts": 12_000}
 for robot, (size, actions, dt, limited, healthy) in ROBOTS.items():  # nothing stands around them
     name = f"{robot}Velocity"
-    # A violation is seldom announced, so gamma_f is short and eps small (assets/RESULTS.md).
-    more = {"limited": limited, "healthy": healthy, "settings": {"gamma_f": 0.9, "eps": 0.1}}
+    more = {"limited": limited, "healthy": healthy, "settings": GAIT}
     TASKS[name] = Task(name, f"Safety{name}-v1", size, actions, 1000, dt, range(size), **more)
 
 
