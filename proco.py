@@ -141,7 +141,6 @@ class Config:
                 raise ProcoError(words.format(field.name.replace("_", "-"), value, **about))
         if self.method not in METHODS:
             raise ProcoError(f"there is no method {self.method!r}; there are {', '.join(METHODS)}")
-
         # The algorithm, and whether PROCO is under it: a model, the conservative cost and D_cf.
         self.algorithm = (
             "td3bc-lag" if self.method == "proco" else self.method.removeprefix("proco-")
@@ -272,8 +271,8 @@ TASKS = {
 }
 for row in itertools.product(AGENTS, LIDARS, (1, 2)):
     TASKS["{}{}{}".format(*row)] = navigation_task(*row)
-# A violation is seldom announced, so gamma_f is short and eps small; and the actor must not leave the
-# gait of the clone, so training is short.
+# A violation is seldom announced, so gamma_f is short and eps small; and the actor must not leave
+# the gait of the clone, so training is short.
 GAIT = {"gamma_f": 0.9, "eps": 0.1, "clone_updates": 1_500, "feasibility_updates": 2_500}
 GAIT |= {"updates": 2_000, "rollouts": 12_000}
 for robot, (size, actions, dt, limited, healthy) in ROBOTS.items():  # nothing stands around them
