@@ -219,9 +219,11 @@ def draw_comparison(path, rows):
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(1 + 3.5 * len(tasks), 3.5), layout="constrained")
+    columns = min(len(tasks), 3)
+    lines = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(1 + 3.5 * columns, 3.2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, task in zip(panels, tasks):
         for row in rows:
             if row["task"] != task:
