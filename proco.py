@@ -116,7 +116,7 @@ class Config:
     rollouts: int = setting(30_000, "4 roll-outs", "in the whole run", 1, 1e9)
     gamma_f: float = setting(0.97, "5 feasibility", "discount of violations, a step", 0.01, 0.9999)
     eps: float = setting(0.5, "5 feasibility", "feasible is where V_f <= eps", 0.001, 0.999)
-    clone_updates: int = setting(2_000, "6 policy", "of the clone, where all begin", 1, 1e9)
+    clone_updates: int = setting(5_000, "6 policy", "of the clone, where all begin", 1, 1e9)
     feasibility_updates: int = setting(6_000, "6 policy", "of safety critics alone", 1, 1e9)
     updates: int = setting(4_000, "6 policy", "of safety critics; half of Q_r and actor", 1, 1e9)
     batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
@@ -655,7 +655,7 @@ class Dynamics(nn.Module):
             self.register_buffer(name, torch.ones(width))
         self.register_buffer("elites", torch.arange(max(1, round(cfg.ensemble * 2 / 3))))
         self.register_buffer("limit", torch.tensor(math.inf))
-        self.register_buffer("closest", torch.zeros(len(task.lidars)))
+        self.register_buffer("closest", torch.zeros(len(task.lidars), BINS))
 
     def forward(self, own, action, members=slice(None)):
         """own (B, W), action (B, A) -> mean, log-variance (E, B, W) of its standardised change."""
@@ -691,13 +691,18 @@ class Dynamics(nn.Module):
 
     def foreseen(self, state):
         """Whether the model can say what comes next: (..., S) -> (...) bool. It can't where a goal
-        has just been reached and jumps elsewhere: then it is nearer than any in D."""
-        gap = split(state, self.task)[1][..., self.task.nearest].abs()
-        return (gap >= self.closest).all(-1)
+        has just been reached and jumps elsewhere: then it is nearer than any in D on that side."""
+        z = split(state, self.task)[1][..., self.task.nearest]
+        return (z.abs() >= self.closest[torch.arange(z.shape[-1]), sector(z)]).all(-1)
 
     def disagreement(self, states):
         """How far apart the elites' own fields lie, in usual changes: (elites, B, S) -> (B,)."""
         return (states[..., : self.task.own_dim].std(0, correction=0) / self.change).amax(-1)
+
+
+def sector(z):
+    """In which of 16 sectors around the agent a place lies: complex -> index."""
+    return (z.angle() * (BINS / (2 * math.pi)) % BINS).long().clamp(max=BINS - 1)
 
 
 def jumped(state, following, task, steps=1):
@@ -709,12 +714,19 @@ def jumped(state, following, task, steps=1):
 
 
 def redrawn_within(state, following, task):
-    """The distance at which a thing is reached and jumps to a new place: (K,), m; 0 for kinds that
-    never jump when they are near. Read from the jumps in D."""
-    gap = split(state, task)[1][..., task.nearest].abs()  # (B, K)
-    least = gap.amin(0)
-    near = jumped(state, following, task) & (gap < least + 0.05)
-    return torch.where(near.float().mean(0) < 1e-4, 0, least - 0.01)  # at least itself was not yet
+    """The distance at which a thing is reached and jumps to a new place: (K, 16), m, for each kind
+    and side, as a Car presses a button at 0.21 to 0.31 m; 0 for kinds that never jump when near."""
+    z = split(state, task)[1][..., task.nearest]  # (B, K)
+    jump = jumped(state, following, task)
+    closest = torch.zeros(z.shape[-1], BINS, device=z.device)
+    for kind, (gap, side) in enumerate(zip(z.abs().mT, sector(z).mT)):
+        if (jump[:, kind] & (gap < gap.min() + 0.05)).float().mean() < 1e-4:
+            continue
+        closest[kind] = gap.min()
+        for n in range(BINS):
+            if (jump[:, kind] & (side == n) & (gap < gap.min() + 0.15)).sum() >= 5:
+                closest[kind, n] = gap[side == n].min()
+    return (closest - 0.01).clamp(min=0)  # what stands at that very distance was not redrawn yet
 
 
 def dynamics_loss(model, own, action, following):
@@ -871,7 +883,7 @@ def model_margin(model, cost, data):
         return 0.05
     guess = model.best(state, action)
     error = (danger_distance(cost, task, state, action, guess) - distance).abs()
-    return max(float(error.quantile(0.99)), 0.02 if task.lidars else 0.0)
+    return min(max(float(error.quantile(0.99)), 0.02 if task.lidars else 0.0), 0.99)
 
 
 # ==== The agent: what steps 4 to 7 learn ==========================================================
@@ -906,6 +918,7 @@ class Agent(nn.Module):
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
         self.register_buffer("clone_error", torch.ones(task.act_dim))  # mean square, on D
         self.register_buffer("q_scale", torch.tensor(1.0))  # mean |Q_r| on D
+        self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
         width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
         both = width + task.act_dim
         self.actor = Mlp(width, cfg.hidden, task.act_dim)  # a = tanh(net(x))
@@ -1110,6 +1123,9 @@ def reward_critic_loss(agent, d, generator):
         if agent.cfg.algorithm == "cpq":
             worth = worth * (agent.danger(d["next_x"], proposal)[:, 1] <= CPQ_LIMIT)
         target = d["reward"] + gamma * (1 - d["done"]) * worth
+        # What a decision is worth in which a goal is reached and redrawn: a plan ends there.
+        gap = (target - agent.reached) * d["anew"]
+        agent.reached += 0.01 * gap.sum() / d["anew"].sum().clamp(min=1)
     q_r = agent.q_r(torch.cat([d["x"], d["action"]], -1))[..., 0]  # (2, B)
     return 2 * (q_r - target).square().mean()
 
@@ -1215,7 +1231,7 @@ def plan(agent, state):
 
         sum over t of  gamma^kt (min(Q_r(s, a) - Q_r(s, pi), 0) / |Q_r| - plan_clone |a - clone|^2)
         - 100 * 0.9^t (c + 0.1 [V_f > eps])
-        + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached before, Q_r(s, a) there
+        + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached before, what that is worth
 
     |.|^2 is in units of the clone's own error on D; c is the predicate with the margin, of the best
     elite. # DEVIATION: the abstract names no planner. But steering around a hazard is no smooth
@@ -1238,12 +1254,11 @@ def plan(agent, state):
         proposal = agent.propose(x)
         action = torch.where(t < hold, first, proposal)
         away = (action - in_full(agent.imitate(x), task)).square() / agent.clone_error
-        worth = agent.worth(x, action)
         # Without what is lost on the way, a plan that always starts in a moment looks as good.
-        lost = (agent.worth(x, proposal) - worth).clamp(min=0)
+        lost = (agent.worth(x, proposal) - agent.worth(x, action)).clamp(min=0)
         there = model.best(here, action, task.repeat)
-        known = model.foreseen(there)  # else a goal is reached, and worth holds all that follows
-        earned = torch.where(known, -lost, worth)
+        known = model.foreseen(there)  # else a goal is reached
+        earned = torch.where(known, 0, agent.reached) - lost
         score = score + weight * (earned / agent.q_scale - cfg.plan_clone * away.mean(-1))
         weight = weight * cfg.gamma**task.repeat * known  # danger counts behind a goal, too
         x = agent.features(there)
@@ -1379,7 +1394,8 @@ def begin_training(cfg, task, data, cost, saved=None):
         optimisers["safety"] = adam([*agent.q_s.parameters(), *agent.v_s.parameters()], 1e-3)
     if saved:
         agent.load_state_dict(saved["agent"])
-        generator.set_state(saved["generator"].cpu())
+        if saved["generator"].shape == generator.get_state().shape:  # else of another device
+            generator.set_state(saved["generator"].cpu())
         for name, optimiser in optimisers.items():
             optimiser.load_state_dict(saved["optimisers"][name])
     return Training(agent, optimisers, generator, kept)
@@ -1423,8 +1439,12 @@ def train(training, data, identity, path):
     # --- D as it is drawn ---
     d = decisions(data, agent.task, cfg.gamma, agent.margin if cfg.counterfactual else None)
     states = d.pop("state")
+    following = d.pop("next_state")
+    jump = jumped(states, following, agent.task, agent.task.repeat)
+    redrawn = agent.model.closest.amax(-1) > 0 if agent.model else torch.zeros_like(jump)
+    d["anew"] = (jump & redrawn).any(-1).float()  # whether a goal was reached
     d["x"] = agent.features(states)
-    d["next_x"] = agent.features(d.pop("next_state"))
+    d["next_x"] = agent.features(following)
     d["reward"] = d["reward"] / d["reward"].std().clamp(min=1e-6)
     # --- Lengths, the same for every method: each actor gets as many updates, at the same rates ---
     parts = (cfg.clone_updates, cfg.feasibility_updates, cfg.updates)
@@ -1621,7 +1641,7 @@ def print_scores(title, scores):
 
 # ==== 10. A run: from data to results =============================================================
 
-FORMAT = 12  # of checkpoints, to be raised when older ones can't be read
+FORMAT = 13  # of checkpoints, to be raised when older ones can't be read
 WARNINGS = []  # where the program went another way than the reader may expect
 EVALUATION = ("acting", "eval_episodes", "eval_seed")
 HARMLESS = ("out", "device", "cost", *EVALUATION)  # settings that change no weights
@@ -1820,7 +1840,8 @@ def draw_report(path, agent, driven):
 
     agent = copy.deepcopy(agent).cpu()
     task = agent.task
-    if not task.lidars and task.name != "DoubleIntegrator":
+    seen = task.lidars or task.name == "DoubleIntegrator"
+    if not seen or agent.cfg.algorithm in ("bc", "td3bc"):  # these learn no V_f
         return
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot(xlabel="x, m", ylabel="y, m")
@@ -1883,7 +1904,7 @@ def main(argv=None):
         if not finished:
             run(Config(**given), resume)
             return 0
-        other = ", ".join(f"--{key}" for key in given if key not in EVALUATION)
+        other = ", ".join(f"--{key.replace('_', '-')}" for key in given if key not in EVALUATION)
         if other:
             raise ProcoError(f"--evaluate drives a run as it was trained: it takes no {other}")
         path = Path(finished).expanduser() / "checkpoint.pt"
