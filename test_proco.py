@@ -346,6 +346,7 @@ def td3bc_pair(rows=10_000):
     table["action"] = 2 * torch.rand(rows, task.act_dim) - 1
     table["reward"] = torch.randn(rows)
     table["done"] = torch.zeros(rows)
+    table["anew"] = torch.zeros(rows)
     plain = PlainTD3BC(agent)
 
     def ours(table, generator):
@@ -1032,24 +1033,27 @@ def test_disagreement_is_in_usual_changes_and_of_the_worst_field():
 
 
 def test_what_was_reached_is_told_from_what_jumps_anywhere():
-    """A goal is redrawn at 0.3 m, on all sides; gremlins jump as an episode begins, which is far
-    from the agent."""
+    """A goal is redrawn at 0.3 m ahead and 0.4 m behind; gremlins jump as an episode begins, which
+    is far from the agent."""
     task = TASKS["PointButton1"]
-    goal = torch.linspace(0.3, 2.3, 2000)
+    goal = torch.cat([torch.linspace(0.3, 2.3, 1000), -torch.linspace(0.4, 2.4, 1000)])
+    reached = goal.abs() < torch.where(goal > 0, 0.34, 0.44)
     own, z = split(spread_out(task, 9, 2000), task)
-    z[:, 4] = torch.polar(goal, torch.arange(2000.0))
+    z[:, 4] = goal * complex(np.exp(0.2j))
     state = join(own, z, task)
     own, z = split(state, task)
-    z[goal < 0.34, 4] = 1.5 + 0j
+    z[reached, 4] = 1.5 + 0j
     far = z[:, task.things("gremlins")].abs().amin(-1) > 1
     settling = far.nonzero()[::9, 0]
     z[settling, -4:] *= 1.1
     closest = proco.redrawn_within(state, join(own, z, task), task)
-    close(closest, [0, 0.29, 0, 0], atol=1e-4)
+    assert closest.shape == (4, 16)
+    close(closest[1], [0.29] * 8 + [0.39] + [0.29] * 7, atol=1e-4)
+    assert closest[[0, 2, 3]].max() == 0
     model = fresh_model(task)
     model.closest = closest
     scene = empty_scene(task, 4)
-    for row, place in enumerate((0.28, 0.3, -0.28, -0.3)):
+    for row, place in enumerate((0.28, 0.3, -0.38, -0.4)):
         scene[row, 16:18] = torch.tensor([place, 0.01 * np.sign(place)])
     assert model.foreseen(scene).tolist() == [False, True, False, True]
 
@@ -1643,11 +1647,22 @@ def test_the_reward_critics_target(method, done, q_c, target):
     agent = newborn(DI, method=method, gamma=0.9 ** (1 / 3))
     give(agent, q_r_slow=lambda x, v, a: 2.0, q_c=lambda x, v, a: q_c)
     rows = rows_of(torch.zeros(16, 2), torch.zeros(16, 1), done=torch.full((16,), done))
-    rows["reward"] = torch.full((16,), 0.5)
+    rows |= {"reward": torch.full((16,), 0.5), "anew": torch.zeros(16)}
     give(agent, q_r=lambda x, v, a: target)
     close(proco.reward_critic_loss(agent, rows, gen()), 0, atol=1e-6)
     give(agent, q_r=lambda x, v, a: target - 0.2)
     close(proco.reward_critic_loss(agent, rows, gen()), 2 * 0.2**2)
+
+
+def test_what_reaching_a_goal_is_worth_is_averaged_over_such_decisions():
+    agent = newborn()
+    rows = rows_of(torch.zeros(4, 2), torch.zeros(4, 1), done=torch.ones(4))
+    rows |= {"reward": torch.tensor([1.0, 2, 4, 100]), "anew": torch.tensor([1.0, 1, 1, 0])}
+    proco.reward_critic_loss(agent, rows, gen())
+    close(agent.reached, 0.01 * 7 / 3)
+    for _ in range(1000):
+        proco.reward_critic_loss(agent, rows, gen())
+    close(agent.reached, 7 / 3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("q_c, expected", [(0.0, 0.25), (0.5, 0.125), (1.0, 0.0), (2.0, 0.0)])
@@ -1768,17 +1783,13 @@ def test_where_nothing_is_feasible_a_plan_does_the_least_harm():
     assert proco.plan(agent, torch.tensor([[1.3, 0.0]])).tolist() == [[-1]]
 
 
-@pytest.mark.parametrize("worth, action", [(0.0, -1), (9.0, 1)])
-def test_a_plan_ends_at_a_goal_and_earns_what_the_decision_is_worth_that_reaches_it(worth, action):
-    """Behind the goal (x = 0.5) Q_r promises what nobody knows; far before it, it likes to stay
-    away; near it, it likes thrust as much as it is told."""
+@pytest.mark.parametrize("reached, action", [(0.0, -1), (9.0, 1)])
+def test_a_plan_ends_at_a_goal_and_earns_what_that_is_worth(reached, action):
+    """Behind the goal Q_r promises what nobody knows; before it, it likes to stay away."""
     agent = newborn(DI, Goal(DI, small()))
+    agent.reached.fill_(reached)
     agent.cost = nowhere
-
-    def q_r(x, v, a):
-        return torch.where(x < 0.35, -x, torch.where(x < 0.5, worth * (a > 0.9), 1e6))
-
-    give(agent, q_r=q_r)
+    give(agent, q_r=lambda x, v, a: torch.where(x < 0.5, -x, 1e6))
     assert proco.plan(agent, torch.tensor([[0.3, 0.0]])).tolist() == [[action]]
 
 
