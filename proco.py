@@ -25,7 +25,7 @@ makes up the crashes that did not happen, and learns from them where safety can 
     4 roll-outs     the model makes D_cf, unsafe and infeasible samples: roll_out
     5 feasibility   Q_f, V_f = gamma_f^k if a violation in k steps is unavoidable: feasibility_loss
     6 policy        Lagrangian TD3+BC: reward where feasible, else back to safety: lagrangian_loss
-    7 acting        actor, filter (Q_f chooses) or plan (ours: the model looks ahead): plan
+    7 acting        clone, actor, filter (Q_f chooses) or plan (ours: the model looks ahead): plan
     9 evaluation    return and cost in the real simulator (8 is the training loop, 10 a whole run)
 
     python proco.py --task CarButton1               # from nothing to scores; results in runs/
@@ -105,7 +105,7 @@ class Config:
     data: str = setting("auto", "run", "auto, dsrl, demonstrator, or an HDF5 file as DSRL's are")
     out: str = setting("runs", "run", "folder that gets <task>/<method>/seed<k>/")
     device: str = setting("auto", "run", "cpu, cuda, or auto: cuda where there is one")
-    scale: float = setting(1.0, "run", "multiplies training lengths; 0.02: smoke test", 1e-6, 1e6)
+    scale: float = setting(1.0, "run", "of training and roll-outs; 0.02: smoke test", 1e-6, 1e6)
     max_episode_cost: float = setting(0.0, "1 data", "most violations of a kept episode", 0, 1e9)
     driver_episodes: int = setting(50, "1 data", "episodes of the demonstrator", 2, 1e6)
     ensemble: int = setting(7, "2 dynamics", "members; two thirds become elites", 1, 100)
@@ -120,11 +120,11 @@ class Config:
     feasibility_updates: int = setting(6_000, "6 policy", "of safety critics alone", 1, 1e9)
     updates: int = setting(4_000, "6 policy", "of safety critics; half of Q_r and actor", 1, 1e9)
     batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
-    hidden: int = setting(128, "6 policy", "width of each network's two hidden layers", 2, 1e5)
+    hidden: int = setting(128, "6 policy", "width of both hidden layers; the model's half", 2, 1e5)
     gamma: float = setting(0.99, "6 policy", "discount of the reward, a step", 0.01, 1)
     bc_weight: float = setting(1.0, "6 policy", "of cloning; 0.2 is TD3+BC's own", 0, 1e6)
     plan_clone: float = setting(0.01, "7 acting", "price of leaving the clone in a plan", 0, 1e6)
-    acting: str = setting("auto", "7 acting", "clone, actor, filter, plan; auto: the last known")
+    acting: str = setting("auto", "7 acting", "the way that counts; auto: the last there is")
     eval_episodes: int = setting(20, "9 evaluation", "episodes driven in the end", 1, 1e6)
     eval_seed: int = setting(40_000, "9 evaluation", "of the first; others count up", 0, 2**31)
 
@@ -411,7 +411,7 @@ def ended(state, task):
 
 # ==== 1. Data: exclusively safe episodes ==========================================================
 # D has whole episodes without a recorded violation (or few: --max-episode-cost). Without PROCO its
-# costs are therefore zero. With PROCO its steps get the conservative cost of step 3 instead.
+# costs are (nearly) zero therefore. With PROCO its steps get the conservative cost of step 3.
 
 CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
 DEMONSTRATOR = "v2"  # its version, in the names of the files that it made
@@ -482,7 +482,7 @@ def fetch_dsrl(task, cache_dir=None, base_url=None):
 def collect_episode(job):
     """An episode of a new demonstrator: (task's name, seed) -> {key: (T, .)} as DSRL's, float32."""
     name, seed = job
-    # From 3 m away, where the policy will start, nobody who brakes in time gets to know 2 m/s.
+    # Data start up to 6 m away: from 3 m nobody who brakes in time reaches 2 m/s.
     env = DoubleIntegrator(far=6.0) if name == "DoubleIntegrator" else make_env(name)
     following, _ = env.reset(seed=seed)
     act = make_demonstrator(get_task(name), env, np.random.default_rng(seed))
@@ -796,8 +796,10 @@ def dynamics_report(model, data):
     report = {name: {"r2": None, "error": [], "nothing_changes": []} for name in start}
     for k in range(1, 16):
         state = model.best(state, data["action"][rows + k - 1])
+        if k not in (1, 5, 10, 15):
+            continue
         true = blocks(data["next_state"][rows + k - 1])
-        for name, guess in blocks(state).items() if k in (1, 5, 10, 15) else ():
+        for name, guess in blocks(state).items():
             still = start[name] - true[name]
             # A nearest thing that is suddenly farther or nearer is another one.
             same = (still.abs() < 0.06 * k).all(-1) | (name == "sensors")
@@ -859,7 +861,7 @@ def conservative_cost(agent, state, action, following):
 
 
 def danger_distance(cost, task, state, action, following):
-    """Distance of s' to danger (B,), m or m/s: the least margin, up to 1, that makes it unsafe."""
+    """Distance of s' to danger (B,), m or m/s: the least margin that makes it unsafe; at most 1."""
     low = torch.zeros_like(following[..., 0])
     high = torch.ones_like(low)
     inside = judge(cost, task, state, action, following, 0.0) > 0
@@ -916,7 +918,7 @@ class Agent(nn.Module):
         self.register_buffer("mean", torch.zeros(task.own_dim))  # of own fields in D
         self.register_buffer("std", torch.ones(task.own_dim))
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
-        self.register_buffer("clone_error", torch.ones(task.act_dim))  # mean square, on D
+        self.register_buffer("clone_error", torch.ones(task.act_dim))  # in full, on D
         self.register_buffer("q_scale", torch.tensor(1.0))  # mean |Q_r| on D
         self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
         width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
@@ -980,8 +982,8 @@ class Agent(nn.Module):
         return choice[best, torch.arange(len(best))]
 
     def start(self, seeds, acting="auto"):
-        """A Policy for len(seeds) episodes; acting is one of `ways` (step 7). The seeds themselves
-        are for a fork whose policy is random."""
+        """A Policy for as many episodes; acting is "auto" or one of `ways` (step 7). The seeds are
+        for a fork whose policy is random."""
         return Policy(self, acting)
 
 
@@ -1069,7 +1071,6 @@ def feasibility_loss(agent, rows):
     """How far Q_f, Q_c and V are from what they should be, on D and D_cf. # FORK: or others.
 
         V(s')     <- min of Q(s', a') over a', the actor's and the corners of the action box
-                     (of more than two numbers: the actor's and it with one changed by 0.5)
         Q_f(s, a) <- max(max_j gamma_f^j c^_j, gamma_f^k (1 - end) V_f(s'))
         Q_c(s, a) <- (1 - gamma_f) sum_j gamma_f^j c^_j + gamma_f^k (1 - end) V_c(s')
 
@@ -1094,7 +1095,7 @@ def feasibility_loss(agent, rows):
 # ==== 6. Policy: an offline algorithm, on D and, with PROCO, on D_cf ==============================
 # All algorithms share networks, D, decisions, number of updates and rates, and one safety critic
 # (DEVIATION: for CPQ, too). They differ in the actor's loss; CPQ also in both critics'. PROCO's
-# updates see D_cf beside D, so twice the rows.
+# updates see D_cf beside D, so the actor has twice the rows.
 
 CPQ_LIMIT = 0.1  # ASSUMED: Q_c above which CPQ calls an action unsafe
 
@@ -1233,9 +1234,9 @@ def plan(agent, state):
         - 100 * 0.9^t (c + 0.1 [V_f > eps])
         + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached before, what that is worth
 
-    |.|^2 is in units of the clone's own error on D; c is the predicate with the margin, of the best
-    elite. # DEVIATION: the abstract names no planner. But steering around a hazard is no smooth
-    function of a state: actors of ours drove over hazards or, filtered, stopped before them."""
+    among those with Q_f <= eps; |.|^2 in units of the clone's own error on D; c: the predicate with
+    the margin, of the best elite. # DEVIATION: the abstract names no planner. But steering around a
+    hazard is no smooth function of a state: our actors drove over it or stopped before it."""
     task = agent.task
     cfg = agent.cfg
     model = agent.model
@@ -1257,10 +1258,10 @@ def plan(agent, state):
         # Without what is lost on the way, a plan that always starts in a moment looks as good.
         lost = (agent.worth(x, proposal) - agent.worth(x, action)).clamp(min=0)
         there = model.best(here, action, task.repeat)
-        known = model.foreseen(there)  # else a goal is reached
-        earned = torch.where(known, 0, agent.reached) - lost
+        going = model.foreseen(there)  # else a goal is reached
+        earned = torch.where(going, 0, agent.reached) - lost
         score = score + weight * (earned / agent.q_scale - cfg.plan_clone * away.mean(-1))
-        weight = weight * cfg.gamma**task.repeat * known  # danger counts behind a goal, too
+        weight = weight * cfg.gamma**task.repeat * going  # danger counts behind a goal, too
         x = agent.features(there)
         unsafe = judge(agent.cost, task, here, action, there, agent.margin)
         infeasible = agent.v_s(x)[0, :, 0] > agent.eps
@@ -1286,7 +1287,7 @@ class Policy:
     @torch.inference_mode()
     def act(self, obs):
         """Actions for the next step of all episodes: obs (B, O) -> array (B, A) in [-1, 1].
-        # DEVIATION: a decision lasts task.repeat steps, unless Q_f calls it infeasible meanwhile:
+        # DEVIATION: a decision lasts task.repeat steps (of filter and plan only while Q_f allows):
         who decides anew at each step changes his mind, and PointGoal1 fell from 21 to 16."""
         agent = self.agent
         self.last = encode(np.asarray(obs, np.float32), agent.task, self.last)
@@ -1644,7 +1645,7 @@ def print_scores(title, scores):
 FORMAT = 13  # of checkpoints, to be raised when older ones can't be read
 WARNINGS = []  # where the program went another way than the reader may expect
 EVALUATION = ("acting", "eval_episodes", "eval_seed")
-HARMLESS = ("out", "device", "cost", *EVALUATION)  # settings that change no weights
+HARMLESS = ("out", "device", "cost", "data", *EVALUATION)  # settings; hashes tell cost and data
 
 
 def warn(text):
@@ -1680,7 +1681,7 @@ def writable(folder, option):
 
 
 def write_table(path, rows):
-    """A CSV file of what dicts hold but lists; what a row lacks stays empty."""
+    """A CSV file of what dicts hold but tuples; what a row lacks stays empty."""
     columns = dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], tuple))
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns, extrasaction="ignore")
@@ -1888,8 +1889,12 @@ def parser():
         flag = "--" + field.name.replace("_", "-")
         words = about["help"] + (f" ({about['default']})" if about["default"] != "" else "")
         groups[group].add_argument(flag, type=type(about["default"]), metavar="X", help=words)
-    line.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    line.add_argument("--evaluate", metavar="RUN", help="drive a finished run again, and leave")
+    line.add_argument(
+        "--resume", action="store_true", help="go on with a stopped run, show a finished"
+    )
+    line.add_argument(
+        "--evaluate", metavar="RUN", help="drive a finished run again; writes nothing"
+    )
     return line
 
 
