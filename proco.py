@@ -1240,6 +1240,8 @@ def plan(agent, state):
     task = agent.task
     cfg = agent.cfg
     model = agent.model
+    if task.moving:  # buttons that are off go on again, and nothing seen tells when
+        state = state.index_fill(1, torch.tensor(task.own_dim - 1, device=state.device), 0)
     x = agent.features(state)
     choice = agent.candidates(x)  # (M, B, A)
     feasible = agent.danger(x, choice)[..., 0] <= agent.eps
