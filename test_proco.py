@@ -1793,6 +1793,21 @@ def test_a_plan_ends_at_a_goal_and_earns_what_that_is_worth(reached, action):
     assert proco.plan(agent, torch.tensor([[0.3, 0.0]])).tolist() == [[action]]
 
 
+def test_a_plan_takes_buttons_that_are_off_for_on():
+    """Beside a wrong button it makes no difference whether buttons are off, but to the predicate."""
+    task = TASKS["PointButton1"]
+    cost = proco.load_cost("PointButton1")
+    agent = Agent(task, small(), fresh_model(task), cost, 0.02)
+    state = spread_out(task, 5, 30)
+    state[:, task.own_dim : task.own_dim + 2] = torch.tensor([0.15, 0.0])
+    dark = state.clone()
+    dark[:, task.own_dim - 1] = 1
+    action = torch.zeros(30, 2)
+    assert proco.judge(cost, task, state, action, state, 0.02).all()
+    assert not proco.judge(cost, task, dark, action, dark, 0.02).all()
+    close(proco.plan(agent, dark), proco.plan(agent, state))
+
+
 def test_a_plan_does_not_leave_the_clone_where_nothing_is_to_be_won():
     agent = newborn(DI)
     give(agent, clone=lambda x, v: math.atanh(-0.6), actor=lambda x, v: math.atanh(-0.6))
