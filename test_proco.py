@@ -1794,7 +1794,7 @@ def test_a_plan_ends_at_a_goal_and_earns_what_that_is_worth(reached, action):
 
 
 def test_a_plan_takes_buttons_that_are_off_for_on():
-    """Beside a wrong button it makes no difference whether buttons are off, but to the predicate."""
+    """Beside a wrong button it makes no difference to it whether buttons are off."""
     task = TASKS["PointButton1"]
     cost = proco.load_cost("PointButton1")
     agent = Agent(task, small(), fresh_model(task), cost, 0.02)
