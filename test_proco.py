@@ -236,6 +236,8 @@ def draw_comparison(path, rows):
             axes.errorbar(row["cost"], row["return"], fmt="o", label=row["method"], **bars)
         axes.set(title=task, xlabel="cost of an episode", ylabel="return")
     panels[0].legend()
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
     with proco.whole(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
