@@ -1400,8 +1400,10 @@ def begin_training(cfg, task, data, cost, saved=None):
         optimisers["safety"] = adam([*agent.q_s.parameters(), *agent.v_s.parameters()], 1e-3)
     if saved:
         agent.load_state_dict(saved["agent"])
-        if saved["generator"].shape == generator.get_state().shape:  # else of another device
+        if saved["generator"].shape == generator.get_state().shape:
             generator.set_state(saved["generator"].cpu())
+        else:
+            warn("the checkpoint is from another kind of device: what is drawn now differs")
         for name, optimiser in optimisers.items():
             optimiser.load_state_dict(saved["optimisers"][name])
     return Training(agent, optimisers, generator, kept)
@@ -1816,7 +1818,7 @@ def run(cfg, resume=False):
     scores = summarise(cfg, driven)
     acting = list(scores)[-1] if cfg.acting == "auto" else cfg.acting
     content |= {"acting": scores, "eval": scores[acting] | {"acting": acting}}
-    return finish(cfg.folder, training, driven, content)
+    return finish(folder, training, driven, content)
 
 
 def finish(folder, training, driven, content):
