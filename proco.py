@@ -426,25 +426,44 @@ def dsrl_infos():
     return runpy.run_path(f"{package.submodule_search_locations[0]}/infos.py") if package else {}
 
 
-def download(url, part):
-    """Fetches url into the file part, from where an earlier try broke off."""
+def download(url, file):
+    """Fetches url into an open file, from where an earlier try broke off."""
     for _ in range(5):
-        have = part.stat().st_size if part.exists() else 0
+        have = file.seek(0, os.SEEK_END)
         headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
         with requests.get(url, headers=headers, stream=True, timeout=(3, 30)) as reply:
             if reply.status_code == 416:  # nothing is left
                 return
             reply.raise_for_status()
-            have *= reply.status_code == 206  # else the server sends it from its start
+            if reply.status_code != 206:  # the server sends it from its start
+                have = file.truncate(0)
             size = have + int(reply.headers.get("Content-Length") or 0)
-            bar = tqdm(None, f"1 data: {part.stem}", size, initial=have, unit="B", unit_scale=True)
-            broken_off = contextlib.suppress(requests.RequestException)
-            with bar, broken_off, open(part, "ab" if have else "wb") as file:
+            words = f"1 data: {Path(url).name}"
+            bar = tqdm(None, words, size, initial=have, unit="B", unit_scale=True)
+            with bar, contextlib.suppress(requests.RequestException):  # it breaks off
                 for chunk in reply.iter_content(1 << 16):
                     bar.update(file.write(chunk))
-        if part.stat().st_size >= size:
+        if file.tell() >= size:
             return
     raise requests.ConnectionError("it breaks off")
+
+
+def open_alone(path):
+    """A file to append to, once no other process does. Raises ProcoError."""
+    try:
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 (who asked closes it)
+    except OSError as error:
+        raise ProcoError(f"can't write {path}: {error.strerror}") from None
+    if os.name == "nt":
+        return file
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"1 data: waiting for another process that downloads {path}")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def fetch_dsrl(task, cache_dir=None, base_url=None):
@@ -460,20 +479,21 @@ def fetch_dsrl(task, cache_dir=None, base_url=None):
     if path.exists():
         return path
     writable(path.parent, "DSRL_DATASET_DIR")
-    part = path.with_name(f"{name}.part")
     reasons = []
-    for base in [base_url] if base_url else [MIRROR, host]:
-        try:
-            download(f"{base.rstrip('/')}/{name}", part)
-            h5py.File(part, "r", locking=False).close()
-            os.replace(part, path)
-            return path
-        except requests.RequestException as error:
-            status = getattr(error.response, "status_code", type(error).__name__)
-            reasons.append(f"{base}: {status}")
-        except OSError as error:  # a web page, say, or a full disk
-            part.unlink(missing_ok=True)
-            reasons.append(f"{base}: {error.strerror or f'no HDF5, or cut off ({error})'}")
+    with open_alone(path.with_name(f"{name}.part")) as part:
+        for base in [base_url] if base_url else [MIRROR, host]:
+            try:
+                if not path.exists():
+                    download(f"{base.rstrip('/')}/{name}", part)
+                    h5py.File(part.name, "r", locking=False).close()
+                    os.replace(part.name, path)
+                return path
+            except requests.RequestException as error:
+                status = getattr(error.response, "status_code", type(error).__name__)
+                reasons.append(f"{base}: {status}")
+            except OSError as error:  # a web page, say, or a full disk
+                part.truncate(0)
+                reasons.append(f"{base}: {error.strerror or f'no HDF5, or cut off ({error})'}")
     advice = f"get {name} from {MIRROR} into {path.parent}, or give a file with --data"
     none = "the tasks Goal, Circle and Button need none: they are demonstrated"
     raise ProcoError(f"no recordings of {task} ({'; '.join(reasons)}): {advice}; {none}")
@@ -1578,10 +1598,10 @@ def begin_worker():
 
 
 def drive(job):
-    """Episodes side by side, so that the agent sees a batch: (checkpoint, way, seeds, show) -> for
-    each {acting, seed, return, cost, length, path (T,) complex, unsafe (T,)}."""
-    path, acting, seeds, show = job
-    agent = load_run(path)
+    """Episodes side by side, so that the agent sees a batch: (checkpoint, cost's file, way, seeds,
+    show) -> for each {acting, seed, return, cost, length, path (T,) complex, unsafe (T,)}."""
+    path, cost, acting, seeds, show = job
+    agent = load_run(path, cost=cost)
     policy = agent.start(seeds, acting)
     envs = [make_env(agent.task.name) for _ in seeds]
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
@@ -1610,7 +1630,7 @@ def evaluate(path, cfg):
     chosen = ways(get_task(cfg.task), cfg) if cfg.acting == "auto" else [cfg.acting]
     seeds = range(cfg.eval_seed, cfg.eval_seed + cfg.eval_episodes)
     shares = [seeds[n::CORES] for n in range(min(CORES, len(seeds)))]
-    jobs = [(path, way, share, share is shares[0]) for way in chosen for share in shares]
+    jobs = [(path, cfg.cost, way, share, share is shares[0]) for way in chosen for share in shares]
     driven = {way: [] for way in chosen}
     for rows in in_parallel(drive, jobs):
         driven[rows[0]["acting"]] += rows
@@ -1723,14 +1743,15 @@ def load_kept(path, device="cpu"):
     raise ProcoError(f"{path} {reason}; train again, or use another --out")
 
 
-def load_run(path, device="cpu"):
-    """The Agent of a run, by its folder or a checkpoint. Raises ProcoError where there is none."""
+def load_run(path, device="cpu", cost=None):
+    """The Agent of a run, by its folder or a checkpoint; cost: the predicate's file, if it moved.
+    Raises ProcoError where there is none."""
     path = Path(path).expanduser()
     saved = load_kept(path if path.suffix == ".pt" else path / "checkpoint.pt", device)
     cfg = Config(**saved["identity"]["settings"])
     task = get_task(cfg.task)
     model = Dynamics(task, cfg) if cfg.counterfactual else None
-    cost = load_cost(cfg.task, cfg.cost)
+    cost = load_cost(cfg.task, cost or cfg.cost)
     if cost.digest != saved["identity"]["predicate"]:
         raise ProcoError(f"{path} was trained with another predicate of {cfg.task}; train again")
     agent = Agent(task, cfg, model, cost, saved["margin"])
@@ -1797,8 +1818,9 @@ def run(cfg, resume=False):
         print_scores(f"{cfg.task} {cfg.method}, finished before", results["acting"])
         return results
     part = folder / "training.pt"  # what is finished stays until this run is, too
-    if not saved:
-        part.unlink(missing_ok=True)
+    if not saved and part.exists():
+        warn(f"the stopped training in {folder} is discarded; --resume would have gone on with it")
+        part.unlink()
     data = to_device(arrays, task, cost, device)
     seconds = {"data": time.time() - clock}
     print(f"2-6 training on {device}, {torch.get_num_threads()} threads")
@@ -1916,8 +1938,9 @@ def main(argv=None):
         if not finished:
             run(Config(**given), resume)
             return 0
-        other = ", ".join(f"--{key.replace('_', '-')}" for key in given if key not in EVALUATION)
+        other = set(given).difference(EVALUATION, ["cost"])
         if other:
+            other = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(other))
             raise ProcoError(f"--evaluate drives a run as it was trained: it takes no {other}")
         path = Path(finished).expanduser() / "checkpoint.pt"
         cfg = Config(**load_kept(path)["identity"]["settings"] | given)

@@ -42,6 +42,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -402,7 +403,7 @@ env = safety_gymnasium.make("SafetyCarButton1-v0")
 proco.make_env = lambda name: env
 begin = time.perf_counter()
 for seed in range(int(sys.argv[2])):
-    proco.drive((sys.argv[1], "auto", [seed], False))
+    proco.drive((sys.argv[1], "", "auto", [seed], False))
 print(time.perf_counter() - begin)
 """
 
@@ -2875,6 +2876,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):  # the name that http.server looks for
         server = self.server
         server.requests += 1
+        time.sleep(server.delay)
         start = 0
         if "Range" in self.headers and server.ranges:
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
@@ -2899,7 +2901,7 @@ def server(tmp_path, monkeypatch):
         server.body = body
         server.cut = len(body)
         server.ranges = True
-        server.lie = server.status = server.requests = server.sent = 0
+        server.lie = server.status = server.requests = server.sent = server.delay = 0
         server.url = f"http://127.0.0.1:{server.server_port}/data"
         server.file = "SafetyPointGoal1Gymnasium-v0-100-2022.hdf5"
         urls = {"DATASET_URLS": {"PointGoal1": f"{server.url}/{server.file}"}}
@@ -2943,6 +2945,21 @@ def test_a_later_run_goes_on_with_a_download(server, tmp_path):
     path = proco.fetch_dsrl("PointGoal1", tmp_path / "cache", server.url)
     assert path.read_bytes() == server.body
     assert server.sent < 1.5 * len(server.body)
+
+
+def test_of_two_downloads_at_once_one_waits(server, tmp_path, capsys):
+    server.delay = 0.3  # s
+    with ThreadPoolExecutor(2) as pool:
+        fetch = functools.partial(proco.fetch_dsrl, cache_dir=tmp_path, base_url=server.url)
+        first, second = pool.map(fetch, ["PointGoal1"] * 2)
+    assert first == second
+    assert first.read_bytes() == server.body
+    assert server.requests == 1
+    assert "waiting for another process" in capsys.readouterr().out
+    first.unlink()
+    (tmp_path / f"{server.file}.part").mkdir()
+    with pytest.raises(ProcoError, match="Is a directory"):
+        fetch("PointGoal1")
 
 
 def test_a_server_without_ranges_is_given_up_if_it_always_cuts(server, tmp_path):
@@ -3084,6 +3101,20 @@ def test_evaluating_refuses_what_it_would_ignore(trained, capsys):
     is_refused(capsys, ["--evaluate", "nix"], "nix", "No such file")
 
 
+def test_a_predicate_may_move_but_not_change(tmp_path, capsys):
+    first = tmp_path / "first.py"
+    text = (proco.HERE / "llm_costs" / "DoubleIntegrator.py").read_text("utf-8")
+    first.write_text(text, "utf-8")
+    cfg = quick(tmp_path, cost=str(first))
+    proco.run(cfg)
+    moved = first.rename(tmp_path / "moved.py")
+    argv = ["--evaluate", str(cfg.folder), "--eval-episodes", "1"]
+    is_refused(capsys, argv, "first.py", "--cost FILE")
+    assert proco.main([*argv, "--cost", str(moved)]) == 0
+    moved.write_text(text + "\n", "utf-8")
+    is_refused(capsys, [*argv, "--cost", str(moved)], "another predicate")
+
+
 def test_same_seed_same_run_and_caller_left_alone(trained, tmp_path):
     import matplotlib
 
@@ -3190,6 +3221,9 @@ def test_a_stopped_run_changes_nothing_finished_and_goes_on(tmp_path, stage):
     assert proco.run(first, resume=True)["settings"]["hidden"] == 16
     assert proco.run(second, resume=True)["settings"]["hidden"] == 8  # as the program has said
     assert not (folder / "training.pt").exists()
+    (folder / "training.pt").touch()
+    proco.run(second)
+    assert "discarded" in json.loads((folder / "results.json").read_text())["warnings"][0]
 
 
 def test_what_is_driven_again_is_not_trained_again(tmp_path, monkeypatch):
