@@ -3115,6 +3115,39 @@ def test_a_predicate_may_move_but_not_change(tmp_path, capsys):
     is_refused(capsys, [*argv, "--cost", str(moved)], "another predicate")
 
 
+RECORDED = [name for name in proco.TASKS if "Push" in name or "Velocity" in name]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_every_task_that_needs_recordings_goes_from_a_file_to_scores(name, tmp_path, monkeypatch):
+    """Four short episodes of random driving, and one short episode in each way of acting."""
+    task = get_task(name)
+    make = functools.partial(proco.import_simulator().make, task.make, max_episode_steps=40)
+    monkeypatch.setattr(task, "make", make)
+    columns = {key: [] for key in proco.KEYS}
+    for seed in range(4):
+        env = proco.make_env(name)
+        rng = np.random.default_rng(seed)
+        obs, _ = env.reset(seed=seed)
+        over = False
+        while not over:
+            action = rng.uniform(-0.3, 0.3, task.act_dim)
+            following, reward, cost, *ends, _ = env.step(action)
+            for key, value in zip(proco.KEYS, (obs, following, action, reward, cost, *ends)):
+                columns[key].append(value)
+            obs = following
+            over = any(ends)
+    file = write_hdf5(tmp_path / "data.hdf5", {key: np.array(x) for key, x in columns.items()})
+    changes = {"task": name, "data": str(file), "max_episode_cost": 99.0, "eval_episodes": 1}
+    results = proco.run(quick(tmp_path, "proco", scale=0.002, **changes))
+    ways = ["clone", "actor", "filter", "plan"] if task.lidars else ["clone", "filter", "actor"]
+    assert list(results["acting"]) == ways
+    assert results["data"]["episodes"] == 4
+    for row in results["acting"].values():
+        assert math.isfinite(row["return_mean"])
+        assert row["cost_mean"] <= 40
+
+
 def test_same_seed_same_run_and_caller_left_alone(trained, tmp_path):
     import matplotlib
 
