@@ -136,7 +136,8 @@ class Config:
             if getattr(self, field.name) is None:
                 setattr(self, field.name, own.get(field.name, about["default"]))
             value = getattr(self, field.name)
-            if about["low"] is not None and not about["low"] <= value <= about["high"]:
+            odd = about["low"] is not None and not about["low"] <= value <= about["high"]
+            if odd or (field.name == "margin" and -1 < value < 0):
                 words = "--{} {} is out of its range, {low:g} to {high:g}"
                 raise ProcoError(words.format(field.name.replace("_", "-"), value, **about))
         if self.method not in METHODS:
@@ -146,7 +147,9 @@ class Config:
             "td3bc-lag" if self.method == "proco" else self.method.removeprefix("proco-")
         )
         self.counterfactual = self.method.startswith("proco")
-        self.folder = Path(self.out).expanduser() / self.task / self.method / f"seed{self.seed}"
+        self.folder = (
+            Path(os.path.expanduser(self.out)) / self.task / self.method / f"seed{self.seed}"
+        )
 
 
 # ==== 0. Tasks, and the state through which they are seen =========================================
@@ -214,7 +217,9 @@ class Task:
         self.reach = torch.tensor([self.lidars[kind].reach for kind in self.kinds])  # (N,), m
         self.full = np.array(self.saturation or [1.0] * self.act_dim, np.float32)  # (A,)
         self.moving = bool(self.things("gremlins"))  # whether things move by themselves, all alike
-        self.own_dim = len(self.sensors) + 3 * self.moving  # with velocity, "buttons are off"
+        self.own_dim = (
+            len(self.sensors) + 3 * self.moving
+        )  # with velocity, how long buttons are off
         self.state_dim = self.own_dim + 2 * len(self.kinds)
         self.aims = self.things("goal", "push_box")  # one of each: out of sight it is remembered
 
@@ -372,9 +377,12 @@ def remember(state, last, task):
         # Of 0.1 to 1, 0.25 errs least against the simulator: slower lags, faster follows the lidar.
         velocity = torch.where(same.any(-1), velocity + 0.25 * (mean - velocity), velocity)
         mine = task.things("buttons")
-        # A dark lidar means "off" where buttons were seen just now, else that none is near.
-        off = own[..., -1:] * (still[..., mine].abs().amin(-1, keepdim=True) < 2.9)
-        z[..., mine] = torch.where(off > 0.5, still[..., mine], z[..., mine])
+        # A dark lidar means "off" where buttons were seen just now, else that none is near. They go
+        # on again after ten steps: off counts down.
+        near = still[..., mine].abs().amin(-1, keepdim=True) < 2.9
+        left = own_last[..., -1:]
+        off = (own[..., -1:] > 0) * near * torch.where(left > 0, (left - 0.1).clamp(min=0.1), 1)
+        z[..., mine] = torch.where(off > 0, still[..., mine], z[..., mine])
         own = torch.cat([own[..., :-3], torch.view_as_real(velocity), off], -1)
     # What vanished from near by was reached and drawn anew. What left at the lidar's edge is there.
     reach = task.reach.to(z.device)
@@ -391,7 +399,7 @@ def decode(state, task):
     obs[..., list(task.sensors)] = own[..., : len(task.sensors)]
     value = (1 - z.abs() / task.reach.to(z.device)).clamp(min=0)
     if task.moving:  # buttons that are off are dark
-        value[..., task.things("buttons")] *= own[..., -1:] < 0.5
+        value[..., task.things("buttons")] *= own[..., -1:] < 0.05
     turn = z.angle() * (BINS / (2 * math.pi)) % BINS
     i = turn.long().clamp(max=BINS - 1)
     share = turn - i
@@ -413,8 +421,8 @@ def ended(state, task):
 # D has whole episodes without a recorded violation (or few: --max-episode-cost). Without PROCO its
 # costs are (nearly) zero therefore. With PROCO its steps get the conservative cost of step 3.
 
-CACHE = Path(os.environ.get("PROCO_CACHE", "~/.cache/proco")).expanduser()
-DEMONSTRATOR = "v2"  # its version, in the names of the files that it made
+CACHE = Path(os.path.expanduser(os.environ.get("PROCO_CACHE", "~/.cache/proco")))
+DEMONSTRATOR = "v3"  # its version, in the names of the files that it made
 DEMONSTRATED = ("Goal", "Circle", "Button", "DoubleIntegrator")  # tasks that it can drive
 MIRROR = "https://huggingface.co/datasets/YYY-45/DSRL/resolve/main"  # DSRL's own host is often down
 KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
@@ -448,22 +456,17 @@ def download(url, file):
     raise requests.ConnectionError("it breaks off")
 
 
-def open_alone(path):
-    """A file to append to, once no other process does. Raises ProcoError."""
+def taken(file, wait=False):
+    """Whether another process holds an open file or folder; else we do, until it is closed."""
     try:
-        file = open(path, "ab", buffering=0)  # noqa: SIM115 (who asked closes it)
-    except OSError as error:
-        raise ProcoError(f"can't write {path}: {error.strerror}") from None
-    if os.name == "nt":
-        return file
-    import fcntl
+        import fcntl
 
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        print(f"1 data: waiting for another process that downloads {path}")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+        return True
+    except (ImportError, OSError):  # Windows, or a network's file system, without such locks
+        pass
+    return False
 
 
 def fetch_dsrl(task, cache_dir=None, base_url=None):
@@ -475,12 +478,15 @@ def fetch_dsrl(task, cache_dir=None, base_url=None):
         raise ProcoError(f"no recordings: {why}; give your own with --data FILE.hdf5")
     host, name = urls[task].rsplit("/", 1)
     folder = cache_dir or os.environ.get("DSRL_DATASET_DIR") or "~/.dsrl/datasets"
-    path = Path(folder).expanduser() / name
-    if path.exists():
+    path = Path(os.path.expanduser(folder), name)
+    if os.path.exists(path):
         return path
     writable(path.parent, "DSRL_DATASET_DIR")
     reasons = []
-    with open_alone(path.with_name(f"{name}.part")) as part:
+    with open(path.with_name(f"{name}.part"), "ab", buffering=0) as part:
+        if taken(part):
+            print(f"1 data: waiting for another process that downloads {path}")
+            taken(part, wait=True)
         for base in [base_url] if base_url else [MIRROR, host]:
             try:
                 if not path.exists():
@@ -505,7 +511,8 @@ def collect_episode(job):
     # Data start up to 6 m away: from 3 m nobody who brakes in time reaches 2 m/s.
     env = DoubleIntegrator(far=6.0) if name == "DoubleIntegrator" else make_env(name)
     following, _ = env.reset(seed=seed)
-    act = make_demonstrator(get_task(name), env, np.random.default_rng(seed))
+    # the style is drawn apart from the start, which has the seed alone
+    act = make_demonstrator(get_task(name), env, np.random.default_rng((seed, 1)))
     rows = []
     while not rows or not max(rows[-1][-2:]):  # neither terminal nor timeout
         obs = following
@@ -518,7 +525,7 @@ def collect_episode(job):
 def demonstrate(name, episodes):
     """The path of a file with so many episodes of the demonstrator, driven if it is not there."""
     path = CACHE / "demonstrator" / f"{name}-{DEMONSTRATOR}-{episodes}.hdf5"
-    if not path.exists():
+    if not os.path.exists(path):
         writable(path.parent, "PROCO_CACHE")
         driven = in_parallel(collect_episode, [(name, seed) for seed in range(episodes)])
         parts = list(tqdm(driven, f"1 data: demonstrating {name}", episodes))
@@ -531,8 +538,10 @@ def demonstrate(name, episodes):
 def find_data(cfg):
     """Where the data of a run are: (source, path). # FORK: another source of data goes here."""
     if cfg.data not in ("auto", "dsrl", "demonstrator"):
-        return "file", Path(cfg.data).expanduser()
-    demonstrated = any(kind in cfg.task for kind in DEMONSTRATED)
+        return "file", Path(os.path.expanduser(cfg.data))
+    make = get_task(cfg.task).make
+    stock = isinstance(make, str) or make is DoubleIntegrator
+    demonstrated = stock and any(kind in cfg.task for kind in DEMONSTRATED)
     if cfg.data != "demonstrator" and cfg.task != "DoubleIntegrator":
         try:
             return "dsrl", fetch_dsrl(cfg.task)
@@ -553,15 +562,16 @@ def read_fields(path, task):
         with h5py.File(path, "r", locking=False) as file:
             for key in KEYS:
                 data = file.get(key)
-                if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "biuf":
+                if not getattr(data, "shape", None) or data.dtype.kind not in "biuf":
                     reason = f"has no array of numbers {key!r}; needed are {', '.join(KEYS)}"
                     raise ProcoError(f"{path} {reason}")
                 fields[key] = data[()].astype(np.float32)
-    except OSError as error:
-        reason = error.strerror or "it is cut off, damaged or no HDF5; delete it, or give another"
+    except (OSError, ValueError) as error:
+        reason = "it is cut off, damaged or no HDF5; delete it, or give another"
+        reason = getattr(error, "strerror", None) or reason
         raise ProcoError(f"can't read {path}: {reason}") from None
     widths = [(task.obs_dim,), (task.obs_dim,), (task.act_dim,), (), (), (), ()]
-    limits = {"actions": (-1.001, 1.001), "costs": (0, 1e30)}
+    limits = {"actions": (-1.001, 1.001), "costs": (0, 1e30), "terminals": (0, 1)}
     for (key, field), width in zip(fields.items(), widths):
         shape = (*fields["observations"].shape[:1], *width)
         if field.shape != shape:
@@ -698,6 +708,7 @@ class Dynamics(nn.Module):
             own = own + self.change * self(own, action, members)[0]
             own = own.clamp(self.low, self.high)  # a roll-out must not invent speeds
             if task.lidars:
+                own[..., 3:5] *= 0.5 / own[..., 3:5].norm(dim=-1, keepdim=True)  # a compass
                 spin, way = own_motion(before, own, task)
                 z = (z - way[..., None]) * spin[..., None]
             if task.moving:
@@ -840,20 +851,20 @@ def dynamics_report(model, data):
 # llm_costs/<task>.py). The code reads observations, so it can judge states that the model invents.
 
 
-def load_cost(task, path=None):
-    """A task's predicate, from path or llm_costs/: cost(obs (..., O), action (..., A), next_obs
-    (..., O), margin=0.0) -> (...) of 0. and 1.; margin widens danger, m or m/s. # FORK: a cost of
-    your own."""
+def load_cost(task, path=None, text=None):
+    """A task's predicate, from path, llm_costs/ or its text: cost(obs (..., O), action (..., A),
+    next_obs (..., O), margin=0.0) -> (...) of 0. and 1.; margin widens danger, m or m/s.
+    # FORK: a cost of your own."""
     sizes = get_task(task)
     places = [HERE / "llm_costs" / f"{task}.py", HERE / f"{task}.py"]
-    places = [Path(path).expanduser()] if path else places
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    places = [Path(os.path.expanduser(path))] if path else places
+    found = next((place for place in places if os.path.isfile(place)), None)
+    if not found and text is None:
         hint = f"write one with `python -m llm_costs.write --task {task}`, or give --cost FILE"
         raise CostError(f"there is no predicate {places[0]}: {hint}")
     scope = {"torch": torch, "math": math}
     try:
-        text = found.read_text("utf-8-sig")
+        text = found.read_text("utf-8-sig") if text is None else text
         exec(compile(text, str(found), "exec"), scope)  # noqa: S102 (reviewed code)
         cost = scope["cost"]
         obs = torch.rand(8, sizes.obs_dim)
@@ -863,6 +874,7 @@ def load_cost(task, path=None):
             raise ValueError("it does not answer 0. or 1. for each row of a batch")
     except Exception as error:  # noqa: BLE001 (whatever a predicate raises)
         raise CostError(f"the predicate {found} fails: {type(error).__name__}: {error}") from None
+    cost.text = text
     cost.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return cost
 
@@ -885,7 +897,7 @@ def danger_distance(cost, task, state, action, following):
     low = torch.zeros_like(following[..., 0])
     high = torch.ones_like(low)
     inside = judge(cost, task, state, action, following, 0.0) > 0
-    for _ in range(8):
+    for _ in range(12):
         middle = (low + high) / 2
         unsafe = judge(cost, task, state, action, following, middle) > 0
         low = torch.where(unsafe, low, middle)
@@ -1263,8 +1275,6 @@ def plan(agent, state):
     task = agent.task
     cfg = agent.cfg
     model = agent.model
-    if task.moving:  # buttons that are off go on again, and nothing seen tells when
-        state = state.index_fill(1, torch.tensor(task.own_dim - 1, device=state.device), 0)
     x = agent.features(state)
     choice = agent.candidates(x)  # (M, B, A)
     feasible = agent.danger(x, choice)[..., 0] <= agent.eps
@@ -1356,8 +1366,8 @@ def draw(table, count, generator):
     return {key: column.index_select(0, chosen) for key, column in table.items()}
 
 
-def update(agent, optimisers, d, cf, policy, generator, share=1):
-    """One update of the safety critics and, with policy, of all the rest -> its logs."""
+def update(agent, optimisers, d, cf, policy, even, generator, share=1):
+    """One update of the critics and, with policy, of the actor -> its logs."""
     cfg = agent.cfg
     logs = {}
     rows_d = draw(d, cfg.batch, generator)
@@ -1372,20 +1382,21 @@ def update(agent, optimisers, d, cf, policy, generator, share=1):
         if cfg.algorithm == "cpq":
             loss = loss + cpq_penalty(agent, rows_d, generator)
         descend(optimisers["safety"], loss, share)
-    # --- Reward critics and their slow copy ---
-    if policy and "q_r" in optimisers:
+    # --- Reward critics and their slow copy, every second time ---
+    if even and "q_r" in optimisers:
         loss = reward_critic_loss(agent, rows_d, generator)
         descend(optimisers["q_r"], loss, share)
         logs["reward_loss"] = loss.detach()
         with torch.no_grad():
             for slow, fast in zip(agent.q_r_slow.parameters(), agent.q_r.parameters()):
                 slow.lerp_(fast, 0.02)
-    # --- Actor and multiplier ---
-    if policy:
+    # --- Actor and multiplier, where the critics have learnt for a while ---
+    if even and policy:
         loss, violation = actor_loss(agent, rows)
         descend(optimisers["actor"], loss, share)
         logs["actor_loss"] = loss.detach()
         # --- Dual ascent: lambda, in [0.1, 100], rises while the violation is above 0.003 ---
+        # With a tenth of that lambda rose to 100, and PointGoal1's actor cost 77 instead of 46.
         if violation is not None:
             agent.log_lam += 0.3 * (violation - 0.003).clamp(-0.003, 0.03)
             agent.log_lam.clamp_(math.log(0.1), math.log(100))
@@ -1400,6 +1411,7 @@ def begin_training(cfg, task, data, cost, saved=None):
     generator = torch.Generator(data["state"].device).manual_seed(cfg.seed)  # of all that is drawn
     clock = time.time()
     kept = {"report": {}, "seconds": {}, "step": 0, "cf": None, "metrics": [], "margin": 0.0}
+    kept |= {"versions": versions(), "device": data["state"].device.type, "warnings": WARNINGS}
     model = Dynamics(task, cfg).requires_grad_(False) if cfg.counterfactual else None
     if cfg.counterfactual and not saved:
         model = train_dynamics(data, task, cfg, generator)
@@ -1407,7 +1419,11 @@ def begin_training(cfg, task, data, cost, saved=None):
         kept["margin"] = cfg.margin if cfg.margin >= 0 else model_margin(model, cost, data)
         print(f"3 cost: margin of the conservative cost {kept['margin']:.4f}")
     kept["seconds"]["dynamics"] = time.time() - clock
-    kept = {key: saved[key] for key in kept} if saved else kept
+    if saved:
+        WARNINGS[:] = dict.fromkeys(saved["warnings"] + WARNINGS)
+        if any(saved[key] != kept[key] for key in ("versions", "device")):
+            warn(f"begun with {saved['versions']} on {saved['device']}: numbers differ a little")
+        kept = {key: saved[key] for key in kept} | {"warnings": WARNINGS}
     agent = Agent(task, cfg, model, cost, kept["margin"]).to(data["state"].device)
     own = data["state"][:, : task.own_dim]
     agent.mean = own.mean(0)
@@ -1488,7 +1504,7 @@ def train(training, data, identity, path):
             if step < clone_end:
                 rows = draw({"x": d["x"], "action": d["action"]}, cfg.batch, generator)
                 loss = (agent.imitate(rows["x"]) - rows["action"]).square().mean()
-                descend(optimisers["clone"], loss)
+                descend(optimisers["clone"], loss, min(1, 2 - 2 * step / clone_end))
                 logs = {"clone_loss": loss.detach()}
             else:
                 if step == clone_end:
@@ -1499,8 +1515,9 @@ def train(training, data, identity, path):
                     kept["cf"] = add_round(kept["cf"], states, agent, generator)
                 # Rates fall linearly over the last half of the time after cloning.
                 share = min(1, 2 * (total - step) / (alone + rest))
-                policy = step >= clone_end + alone and step % 2 == 0
-                logs = update(agent, optimisers, d, kept["cf"], policy, generator, share)
+                policy = step >= clone_end + alone
+                even = step % 2 == 0
+                logs = update(agent, optimisers, d, kept["cf"], policy, even, generator, share)
             kept["step"] = step + 1
             last = step + 1 == total
             if step % 200 == 0 or last:
@@ -1598,10 +1615,11 @@ def begin_worker():
 
 
 def drive(job):
-    """Episodes side by side, so that the agent sees a batch: (checkpoint, cost's file, way, seeds,
-    show) -> for each {acting, seed, return, cost, length, path (T,) complex, unsafe (T,)}."""
-    path, cost, acting, seeds, show = job
-    agent = load_run(path, cost=cost)
+    """Episodes side by side, so that the agent sees a batch: (checkpoint, task, predicate's text,
+    way, seeds, show) -> for each {acting, seed, return, cost, length, path (T,) complex, unsafe}.
+    """
+    path, task, text, acting, seeds, show = job
+    agent = load_run(path, cost=load_cost(task, text=text))
     policy = agent.start(seeds, acting)
     envs = [make_env(agent.task.name) for _ in seeds]
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
@@ -1625,12 +1643,14 @@ def drive(job):
     return rows
 
 
-def evaluate(path, cfg):
+def evaluate(path, cfg, cost):
     """Drives the agent of a checkpoint, in each way or in one -> {way: its episodes, by seed}."""
     chosen = ways(get_task(cfg.task), cfg) if cfg.acting == "auto" else [cfg.acting]
     seeds = range(cfg.eval_seed, cfg.eval_seed + cfg.eval_episodes)
     shares = [seeds[n::CORES] for n in range(min(CORES, len(seeds)))]
-    jobs = [(path, cfg.cost, way, share, share is shares[0]) for way in chosen for share in shares]
+    jobs = []
+    for way in chosen:
+        jobs += [(path, cfg.task, cost.text, way, share, share is shares[0]) for share in shares]
     driven = {way: [] for way in chosen}
     for rows in in_parallel(drive, jobs):
         driven[rows[0]["acting"]] += rows
@@ -1669,7 +1689,7 @@ def print_scores(title, scores):
 
 # ==== 10. A run: from data to results =============================================================
 
-FORMAT = 13  # of checkpoints, to be raised when older ones can't be read
+FORMAT = 14  # of checkpoints, to be raised when older ones can't be read
 WARNINGS = []  # where the program went another way than the reader may expect
 EVALUATION = ("acting", "eval_episodes", "eval_seed")
 HARMLESS = ("out", "device", "cost", "data", *EVALUATION)  # settings; hashes tell cost and data
@@ -1723,7 +1743,8 @@ def versions():
     names = ("torch", "numpy", "safety-gymnasium", "dsrl", "mujoco", "gymnasium")
     found = {name: next(importlib.metadata.distributions(name=name), None) for name in names}
     found = {name: there and there.version for name, there in found.items()}
-    return found | {"python": sys.version.split()[0], "threads": torch.get_num_threads()}
+    found |= {"python": sys.version.split()[0], "threads": torch.get_num_threads()}
+    return found | {"cores": CORES}  # episodes that share a batch are rounded alike
 
 
 def load_kept(path, device="cpu"):
@@ -1744,14 +1765,14 @@ def load_kept(path, device="cpu"):
 
 
 def load_run(path, device="cpu", cost=None):
-    """The Agent of a run, by its folder or a checkpoint; cost: the predicate's file, if it moved.
+    """The Agent of a run, by its folder or a checkpoint; with a predicate, if it is loaded.
     Raises ProcoError where there is none."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     saved = load_kept(path if path.suffix == ".pt" else path / "checkpoint.pt", device)
     cfg = Config(**saved["identity"]["settings"])
     task = get_task(cfg.task)
     model = Dynamics(task, cfg) if cfg.counterfactual else None
-    cost = load_cost(cfg.task, cost or cfg.cost)
+    cost = cost or load_cost(cfg.task, cfg.cost)
     if cost.digest != saved["identity"]["predicate"]:
         raise ProcoError(f"{path} was trained with another predicate of {cfg.task}; train again")
     agent = Agent(task, cfg, model, cost, saved["margin"])
@@ -1772,7 +1793,7 @@ def kept_run(folder, identity, device):
         pairs += [(key, made.get(key), settings[key]) for key in settings if key not in HARMLESS]
         differs = "; ".join(f"{key} {was}, now {now}" for key, was, now in pairs if was != now)
         if not differs and name != "results.json":
-            return None, kept
+            return None, kept | {"name": name}
         if not differs and all(made[key] == settings[key] for key in EVALUATION):
             return kept, None
     if differs:
@@ -1790,7 +1811,12 @@ def prepare(cfg):
     known = ways(task, cfg)
     if cfg.acting not in ("auto", *known):
         raise ProcoError(f"--method {cfg.method} on {cfg.task} acts by {', '.join(known)}")
-    make_env(cfg.task).reset(seed=0)
+    env = make_env(cfg.task)
+    env.reset(seed=0)
+    step = env.step(np.zeros(task.act_dim, np.float32))
+    if len(step) != 6 or np.shape(step[0]) != (task.obs_dim,):
+        form = f"6 values, the first an observation ({task.obs_dim},)"
+        raise ProcoError(f"the environment of {cfg.task} has to answer a step by {form}")
     installed = versions()
     if isinstance(task.make, str) and not str(installed["mujoco"]).startswith("2.3"):
         warn(f"mujoco {installed['mujoco']} drives other paths than the 2.3 of DSRL's data")
@@ -1800,11 +1826,29 @@ def prepare(cfg):
     return task, cost, "cuda" if cuda and cfg.device != "cpu" else "cpu"
 
 
+@contextlib.contextmanager
+def alone(folder):
+    """For one process at a time. Raises ProcoError."""
+    file = os.open(folder, os.O_RDONLY) if os.name != "nt" else os.dup(0)
+    try:
+        if taken(file):
+            raise ProcoError(f"another process works in {folder}; wait, or use another --out")
+        yield
+    finally:
+        os.close(file)
+
+
 def run(cfg, resume=False):
     """A whole run, from data to results -> the content of results.json. Raises ProcoError."""
     WARNINGS.clear()
+    prepared = prepare(cfg)
+    with alone(cfg.folder):
+        return run_alone(cfg, resume, *prepared)
+
+
+def run_alone(cfg, resume, task, cost, device):
+    """The run of a prepared folder that no other process works in."""
     clock = time.time()
-    task, cost, device = prepare(cfg)
     folder = cfg.folder
     source, path = find_data(cfg)
     arrays, facts = load_data(path, task, cfg.max_episode_cost)
@@ -1818,8 +1862,8 @@ def run(cfg, resume=False):
         print_scores(f"{cfg.task} {cfg.method}, finished before", results["acting"])
         return results
     part = folder / "training.pt"  # what is finished stays until this run is, too
-    if not saved and part.exists():
-        warn(f"the stopped training in {folder} is discarded; --resume would have gone on with it")
+    if part.exists() and not (saved and saved["name"] == part.name):
+        warn(f"the stopped training in {folder} is discarded; --resume goes on with such a one")
         part.unlink()
     data = to_device(arrays, task, cost, device)
     seconds = {"data": time.time() - clock}
@@ -1829,14 +1873,14 @@ def run(cfg, resume=False):
     kept["seconds"] = seconds | kept["seconds"]
     train(training, data, identity, part)
     clock = time.time()
-    driven = evaluate(part, dataclasses.replace(cfg, acting="auto"))
+    driven = evaluate(part, dataclasses.replace(cfg, acting="auto"), cost)
     seconds = kept["seconds"] | {"evaluation": time.time() - clock}
     seconds["total"] = sum(seconds.values())
     settings = identity["settings"]
     content = {key: settings[key] for key in ("task", "method", "seed")}
     content |= {"identity": identity, "settings": settings, "data": facts, "format": FORMAT}
     content |= {"dynamics": kept["report"], "margin": kept["margin"], "timing": seconds}
-    content |= {"versions": versions(), "device": device, "warnings": WARNINGS}
+    content |= {key: kept[key] for key in ("versions", "device", "warnings")}
     scores = summarise(cfg, driven)
     acting = list(scores)[-1] if cfg.acting == "auto" else cfg.acting
     content |= {"acting": scores, "eval": scores[acting] | {"acting": acting}}
@@ -1847,7 +1891,8 @@ def finish(folder, training, driven, content):
     """Writes what a run leaves; results.json is last, but for the picture -> its content."""
     # JSON knows no NaN
     content = json.loads(json.dumps(content, default=float), parse_constant={}.get)
-    (folder / "results.json").unlink(missing_ok=True)  # once it is there again, all is new
+    for name in ("results.json", "report.png"):  # once they are there again, all is new
+        (folder / name).unlink(missing_ok=True)
     os.replace(folder / "training.pt", folder / "checkpoint.pt")
     write_table(folder / "metrics.csv", training.kept["metrics"])
     write_table(folder / "episodes.csv", [row for rows in driven.values() for row in rows])
@@ -1927,34 +1972,52 @@ def parser():
     return line
 
 
+def serve(program, work, hint=str):
+    """The exit code of a command: 0; 2 and one sentence on stderr; 130 where it was stopped."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (closed by whoever called)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        work()
+        sys.stdout.flush()
+        return 0
+    except (KeyboardInterrupt, BrokenPipeError) as stop:  # Ctrl-C, SIGTERM, a closed pipe
+        print(f"\n{program}: stopped; {hint()}".rstrip("; "), file=sys.stderr)
+        if isinstance(stop, BrokenPipeError):  # nothing is flushed into it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 130
+    except (ProcoError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+
+
+def again(path, given):
+    """--evaluate: drives a finished run, and writes nothing. Raises ProcoError."""
+    other = set(given).difference(EVALUATION, ["cost"])
+    if other:
+        other = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(other))
+        raise ProcoError(f"--evaluate drives a run as it was trained: it takes no {other}")
+    path = Path(os.path.expanduser(path), "checkpoint.pt")
+    cfg = Config(**load_kept(path)["identity"]["settings"] | given)
+    summarise(cfg, evaluate(path, cfg, load_cost(cfg.task, cfg.cost)))
+
+
 def main(argv=None):
-    """The command line -> exit code: 0; 2 and one sentence on stderr; 130 where it was stopped."""
+    """The command line -> exit code."""
     given = vars(parser().parse_args(argv))
     given = {key: value for key, value in given.items() if value is not None}
     resume = given.pop("resume")
     finished = given.pop("evaluate", None)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if not finished:
-            run(Config(**given), resume)
-            return 0
-        other = set(given).difference(EVALUATION, ["cost"])
-        if other:
-            other = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(other))
-            raise ProcoError(f"--evaluate drives a run as it was trained: it takes no {other}")
-        path = Path(finished).expanduser() / "checkpoint.pt"
-        cfg = Config(**load_kept(path)["identity"]["settings"] | given)
-        summarise(cfg, evaluate(path, cfg))
-        return 0
-    except ProcoError as error:
-        print(f"proco: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, SIGTERM, a closed pipe
-        kept = not finished and (Config(**given).folder / "training.pt").exists()
-        hint = "the same command with --resume goes on" if kept else "nothing was kept yet"
-        print(f"\nproco: stopped; {hint}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is flushed into a closed pipe
-        return 130
+    if finished is not None:
+        return serve("proco", functools.partial(again, finished, given))
+    begun = time.time()
+
+    def hint():
+        paths = [Config(**given).folder / name for name in ("training.pt", "checkpoint.pt")]
+        stopped, done = (path.stat().st_mtime if path.exists() else 0 for path in paths)
+        kept = stopped or done > begun  # a finished run of before is none of this one's
+        return "the same command with --resume goes on" if kept else "nothing was kept yet"
+
+    return serve("proco", lambda: run(Config(**given), resume), hint)
 
 
 # ---- The scripted demonstrator: data where no recordings can be had; no part of PROCO ------------

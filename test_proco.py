@@ -90,7 +90,9 @@ def all_configs(methods, tasks, seeds, given):
 
 
 def check_runs(runs):
-    """Tries all that the runs will need before the first one is trained. Raises ProcoError."""
+    """Tries all that the runs will need before the first one is trained -> {folder: identity that
+    its results must have}. Raises ProcoError."""
+    expected = {}
     prepared = [(cfg, *proco.prepare(cfg)[:2]) for cfg in runs]
     data = {}
     for cfg, task, cost in prepared:
@@ -98,8 +100,10 @@ def check_runs(runs):
             source, path = proco.find_data(cfg)
             _, facts = proco.load_data(path, task, cfg.max_episode_cost)
             data[cfg.task] = {"source": source, "rows": facts["rows"], "hash": facts["hash"]}
-        identity = {"settings": dataclasses.asdict(cfg), "predicate": cost.digest}
-        finished, _ = proco.kept_run(cfg.folder, identity | {"data": data[cfg.task]}, "cpu")
+        identity = {"predicate": cost.digest, "data": data[cfg.task]}
+        expected[cfg.folder] = identity
+        settings = {"settings": dataclasses.asdict(cfg)}
+        finished, _ = proco.kept_run(cfg.folder, identity | settings, "cpu")
         if finished and isinstance(task.make, str):
             made = finished["versions"]["mujoco"]
             now = proco.versions()["mujoco"]
@@ -107,21 +111,46 @@ def check_runs(runs):
                 raise ProcoError(
                     f"{cfg.folder} was driven by mujoco {made}, now {now}; use another --out"
                 )
+    return expected
 
 
-def finished_run(cfg):
+def finished_run(cfg, expected):
     """A run, trained if it is not finished -> its episodes (L, 4), the MEASURES of each in its
-    default way of acting, and the scores of all ways."""
+    default way of acting, and its results. Raises ProcoError where its files don't agree."""
     results = proco.run(cfg, resume=True)
-    with open(cfg.folder / "episodes.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["acting"] == results["eval"]["acting"]]
-    returns = np.array([float(row["return"]) for row in rows])
-    costs = np.array([float(row["cost"]) for row in rows])
+    for key, value in expected.items():
+        if results["identity"][key] != value:
+            raise ProcoError(f"{cfg.folder}: {key} has changed since the comparison began")
+    way = results["eval"]["acting"]
+    try:
+        with open(cfg.folder / "episodes.csv", newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["acting"] == way]
+        returns = np.array([float(row["return"]) for row in rows])
+        costs = np.array([float(row["cost"]) for row in rows])
+    except (OSError, LookupError, ValueError) as error:
+        raise ProcoError(f"can't read {cfg.folder}/episodes.csv: {error}") from None
+    means = [results["eval"][name] for name in ("episodes", "return_mean", "cost_mean")]
+    if not np.allclose(means, [len(rows), returns.mean(), costs.mean()]):
+        raise ProcoError(f"{cfg.folder}: episodes.csv is not of the run in results.json")
     infos = proco.dsrl_infos()
     low = infos.get("MIN_EPISODE_REWARD", {}).get(cfg.task, math.nan)
     high = infos.get("MAX_EPISODE_REWARD", {}).get(cfg.task, math.nan)
     normal = (returns - low) / (high - low)
-    return np.stack([returns, costs, costs == 0, normal], -1), results["acting"]
+    return np.stack([returns, costs, costs == 0, normal], -1), results
+
+
+def say_what_differs(results):
+    """A warning for what the runs of a comparison were not all made by: versions, way of acting."""
+    rows = [
+        result["versions"]
+        | {"acting of " + result["method"]: result["eval"]["acting"]}
+        | {"device": result["device"]}
+        for result in results
+    ]
+    for key in dict.fromkeys(key for row in rows for key in row):
+        made = dict.fromkeys(str(row[key]) for row in rows if key in row)
+        if len(made) > 1:
+            proco.warn(f"not all runs are made alike: {key} {', '.join(made)}")
 
 
 def draw_shares(rng, count):
@@ -247,18 +276,21 @@ def compare(methods, tasks, seeds, given):
     """Trains what is missing of a comparison and writes compare.csv, .md and .png -> the rows."""
     configs = all_configs(methods, tasks, seeds, given)
     runs = [cfg for seeds_of in configs.values() for cfg in seeds_of]
-    out = Path(runs[0].out).expanduser()
+    out = Path(os.path.expanduser(runs[0].out))
     proco.writable(out, "--out")
-    check_runs(runs)
+    expected = check_runs(runs)
+    everything = []
     rng = np.random.default_rng(0)
     means = {}
     ways = []
     for task in tasks:
         values = {}
         for method in methods:
-            episodes, scores = zip(*map(finished_run, configs[task, method]))
-            values[method] = np.stack(episodes)  # (K, L, V)
-            ways += ways_rows(task, method, scores)
+            pairs = [finished_run(cfg, expected[cfg.folder]) for cfg in configs[task, method]]
+            values[method] = np.stack([episodes for episodes, _ in pairs])  # (K, L, V)
+            results = [result for _, result in pairs]
+            everything += results
+            ways += ways_rows(task, method, [result["acting"] for result in results])
         layouts = values[methods[0]].shape[1]
         for method, value in crossed_bootstrap(values, rng).items():
             means[task, method] = value
@@ -269,8 +301,10 @@ def compare(methods, tasks, seeds, given):
     proco.write_table(out / "compare.csv", rows)
     with proco.whole(out / "compare.md") as file:
         file.write(text.encode())
-    print(f"\n{text}\n{out}/compare.csv, compare.md and compare.png")
+    print(f"\n{text}\n{out}/compare.csv and compare.md")
+    say_what_differs(everything)
     try:
+        (out / "compare.png").unlink(missing_ok=True)
         draw_comparison(out / "compare.png", rows)
     except Exception as error:  # noqa: BLE001 (whatever matplotlib raises: the tables are on disk)
         proco.warn(f"no picture ({type(error).__name__}: {error})")
@@ -492,14 +526,10 @@ def command(argv):
 
 def main(argv=None):
     """The command line -> exit code: 2 and one sentence where a user can put something right."""
-    try:
-        return command(argv)
-    except ProcoError as error:
-        print(f"test_proco: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ntest_proco: stopped; the same command goes on", file=sys.stderr)
-        return 130
+    codes = []
+    work = functools.partial(command, argv)
+    hint = "the same command goes on"
+    return proco.serve("test_proco", lambda: codes.append(work()), lambda: hint) or codes[0]
 
 
 # ==== Surroundings of the tests ===================================================================
@@ -824,9 +854,10 @@ def test_buttons_that_are_off_stay_where_they_were():
         true = seen_from(world, world.buttons.pos)
         found = things(state, task, "buttons").numpy()
         gap = np.abs(found[:, None] - true).min(1)
-        off = bool(state[7] > 0.5)
+        off = bool(state[7] > 0.05)
         assert off != obs[24:40].any()
         if off:
+            assert float(state[7]) == pytest.approx(1 - dark / 10, abs=1e-6)  # what is left of it
             dark += 1
             # one that hid behind another was wrong before; the others stay right
             assert (gap < 0.03).sum() >= right >= 2
@@ -2368,6 +2399,8 @@ def test_habits_of_models(name, ask_once, tmp_path):
     assert torch.equal(mine(*steps, 0.1), load_cost(LLM_TASK)(*steps, 0.1))
 
 
+DONE = 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+REFUSAL = {"content": None, "refusal": "I won't"}
 PARTS = [{"type": "thinking", "thinking": []}, {"type": "text", "text": fenced(GOOD)}, "Bye."]
 WHOLE = answer(fenced(GOOD))[2][0]
 
@@ -2397,6 +2430,10 @@ def test_habits_of_servers(body, ask_once):
         (answer(None), "empty"),
         (answer("<think>\n" + fenced(GOOD)), "no function cost"),
         (answer("I can't do that."), "no function cost"),
+        (answer("```python\n" + GOOD[:60], "MAX_TOKENS"), "cut off"),
+        (raw(events(fenced(GOOD)[:20], "")[: -len(DONE)]), "cut off"),
+        (answer(None, "content_filter"), "declines: content_filter"),
+        (raw(json.dumps({"choices": [{"message": REFUSAL}]})), "declines: I won't"),
         (answer(fenced(within("import os\nos.abort()"))), "imports"),
         (answer(fenced(GOOD.replace("+ margin", "- margin"))), "wider margin"),
     ],
@@ -2440,6 +2477,7 @@ LOCKED = {"detail": [{"msg": "who are you?"}]}
         (raw('{"choices": []}'), "no chat completion"),
         (raw('{"choices": [{"message": {"content": 7}}]}'), "no chat completion"),
         (raw("[]"), "no chat completion"),
+        (raw('{"Authorization": "Bearer very-secret"}'), r"completion: .*Bearer \*\*\*"),
         (raw(""), "no chat completion: nothing"),
         ((200, {"Content-Length": "5000"}, [b'{"choices":']), "breaks off"),
         (raw(b"\x1f\x8b broken", Content_Encoding="gzip"), "breaks off or is damaged"),
@@ -2521,7 +2559,7 @@ def test_the_command_says_in_one_sentence_what_is_wrong(endpoint, tmp_path, monk
 
     monkeypatch.setattr(write, "ask", interrupted)
     assert write.main([*base, "--out", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err.strip() == "llm_costs.write: stopped; nothing was written"
 
 
 def test_recorded_steps_are_those_that_are_named_or_the_newest(endpoint, tmp_path, capsys):
@@ -2664,6 +2702,12 @@ def test_an_ant_may_not_run_too_fast_in_any_direction():
 # ==== Language models: how right the predicates are ===============================================
 
 
+def stand(env, _):
+    """A step of a double integrator that stays far from the wall."""
+    env.t = getattr(env, "t", 0) + 1
+    return np.array([-3, 0], np.float32), 0.0, 0.0, False, env.t >= 100, {}
+
+
 def test_scores_count_neighbours_and_warnings():
     flags = np.zeros(20, bool)
     flags[10] = True
@@ -2693,6 +2737,12 @@ def test_the_score_command(capsys):
     assert score.main(["DoubleIntegrator", "CarGaol1"]) == 2
     said = capsys.readouterr()
     assert "CarGoal1" in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_a_score_without_a_bar_ends_and_shares_of_nothing_are_no_numbers(monkeypatch):
+    monkeypatch.setattr(score, "tqdm", functools.partial(score.tqdm, disable=True))
+    monkeypatch.setattr(proco.DoubleIntegrator, "step", stand)
+    assert score.score("DoubleIntegrator", 100, 0)[2:6] == ["0.0%", "-", "-", "-"]
 
 
 @pytest.mark.parametrize("name", ["write", "score"])
@@ -3278,6 +3328,74 @@ def test_what_is_driven_again_is_not_trained_again(tmp_path, monkeypatch):
     assert proco.run(elsewhere, resume=True)["eval"]["episodes"] == 5  # the same folder
 
 
+def test_a_folder_is_for_one_process_at_a_time(tmp_path, capsys):
+    cfg = quick(tmp_path)
+    cfg.folder.mkdir(parents=True)
+    with proco.alone(cfg.folder):
+        is_refused(capsys, flags(cfg), "another process works in", "--out")
+    assert proco.main(flags(cfg)) == 0
+
+
+def test_a_run_ends_with_the_predicate_it_began_with(tmp_path, monkeypatch):
+    file = tmp_path / "cost.py"
+    file.write_bytes((proco.HERE / "llm_costs" / "DoubleIntegrator.py").read_bytes())
+    before = proco.load_cost("DoubleIntegrator", file)
+    train = proco.train
+
+    def train_while_somebody_edits(*arguments):
+        file.write_text("this is no Python")
+        train(*arguments)
+
+    monkeypatch.setattr(proco, "train", train_while_somebody_edits)
+    results = proco.run(quick(tmp_path, "td3bc", cost=str(file)))
+    assert results["identity"]["predicate"] == before.digest
+
+
+def test_what_was_warned_of_is_still_known_after_a_stop(tmp_path, monkeypatch):
+    cfg = quick(tmp_path)
+    train = proco.train
+    with monkeypatch.context() as patch:
+        patch.setattr(proco, "train", lambda *rest: proco.warn("odd") or train(*rest))
+        patch.setattr(proco, "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            proco.run(cfg)
+    now = proco.versions()
+    monkeypatch.setattr(proco, "versions", lambda: now | {"torch": "9"})
+    results = proco.run(cfg, resume=True)
+    assert results["warnings"][0] == "odd"
+    assert "begun with" in results["warnings"][1]
+    assert results["versions"] == now
+
+
+class Gymnast(proco.DoubleIntegrator):
+    """An environment that answers as gymnasium's do, without a cost."""
+
+    def step(self, action):
+        obs, reward, _, *rest = super().step(action)
+        return obs, reward, *rest
+
+
+class Wide(proco.DoubleIntegrator):
+    """One that answers with an observation of another size."""
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return np.zeros(3, np.float32), *rest
+
+
+@pytest.mark.parametrize("make", [Gymnast, Wide])
+def test_an_environment_is_tried_before_training(make, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(get_task("DoubleIntegrator"), "make", make)
+    is_refused(capsys, flags(quick(tmp_path)), "6 values, the first an observation (2,)")
+
+
+def test_only_the_simulators_own_tasks_are_demonstrated(monkeypatch):
+    task = proco.Task("CartGoal", proco.DoubleIntegrator, 2, 1, 100, 0.1, (0, 1))
+    monkeypatch.setitem(proco.TASKS, "CartGoal", dataclasses.replace(task, make=Gymnast))
+    with pytest.raises(ProcoError, match="no recordings"):
+        proco.find_data(Config(task="CartGoal"))
+
+
 # ==== Stopping, full disks, closed pipes ==========================================================
 
 STOPPABLE = {
@@ -3348,6 +3466,43 @@ def test_nobody_reads_what_it_prints(tmp_path):
     assert "proco: stopped" in said.splitlines()[-1]
 
 
+def test_a_reader_that_leaves_after_all_is_done(tmp_path):
+    cfg = quick(tmp_path)
+    proco.run(cfg)
+    before = snapshot(tmp_path)
+    code = f"""
+import os, sys
+import proco
+finish = proco.finish
+def finish_without_a_reader(*arguments):
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    return finish(*arguments)
+proco.finish = finish_without_a_reader
+sys.exit(proco.main({flags(cfg)!r}))
+"""
+    done = python(code)
+    assert done.returncode == 130
+    assert "--resume goes on" in done.stderr.splitlines()[-1]
+    assert snapshot(tmp_path).keys() == before.keys()
+
+
+def test_no_errors_to_write_to_and_a_full_disk_for_words(tmp_path):
+    argv = flags(quick(tmp_path))
+    code = f"import proco, sys; sys.exit(proco.main({argv!r}))"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = f'exec "{sys.executable}" -c "$CODE" 2>&-'
+    environment |= {"CODE": code}
+    drive = functools.partial(subprocess.run, shell=True, env=environment, cwd=proco.HERE)
+    assert drive(command, check=False).returncode == 0
+    if Path("/dev/full").exists():
+        command = f'exec "{sys.executable}" -u -c "$CODE" > /dev/full'
+        done = drive(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "No space left" in done.stderr.splitlines()[-1]
+
+
 @contextlib.contextmanager
 def small_files(size):
     """No file may grow beyond size bytes: writing more fails as on a full disk."""
@@ -3405,6 +3560,8 @@ sys.exit(proco.main({argv!r}))
         ("--scale nan", "--scale"),
         ("--scale 0", "--scale"),
         ("--gamma-f 1", "--gamma-f"),
+        ("--margin -0.5", "--margin"),
+        ("--evaluate=", "--evaluate"),
         ("--batch 0", "--batch"),
         ("--eval-episodes 0", "--eval-episodes"),
         ("--eval-seed 4294967296", "--eval-seed"),
@@ -3560,6 +3717,30 @@ def test_a_comparison_trains_what_is_missing_and_reads_the_rest(tmp_path, monkey
     assert (tmp_path / "compare.csv").read_text("utf-8") == table
 
 
+def test_a_comparison_reads_only_files_that_belong_together(tmp_path, capsys):
+    argv = compare_argv(tmp_path, "bc", "--seeds", "1")
+    assert main(argv) == 0
+    file = quick(tmp_path).folder / "episodes.csv"
+    text = file.read_text("utf-8")
+    file.write_text(text.replace("\nactor,4", "\nactor,9"), "utf-8")
+    assert main(argv) == 0  # seeds are names alone
+    lines = text.splitlines()
+    file.write_text("\n".join(lines[:-1]), "utf-8")
+    is_refused(capsys, argv, "is not of the run", program=main, name="test_proco")
+    file.unlink()
+    is_refused(capsys, argv, "episodes.csv: [Errno 2]", program=main, name="test_proco")
+
+
+def test_a_comparison_notices_data_that_change_meanwhile(tmp_path, capsys, monkeypatch):
+    expected = {"data": {"rows": 7}}
+    with pytest.raises(ProcoError, match="data has changed since"):
+        finished_run(quick(tmp_path), expected)
+    results = [proco.run(quick(tmp_path, seed=seed)) for seed in (0, 1)]
+    results[1]["eval"]["acting"] = "filter"
+    say_what_differs(results)
+    assert "acting of bc actor, filter" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "methods, more, words",
     [
@@ -3611,13 +3792,15 @@ def test_the_crossed_bootstrap():
 def test_a_comparison_of_tasks_ends_in_their_mean(tmp_path, monkeypatch):
     worth = {"DoubleIntegrator": 1.0, "PointGoal1": 3.0}
 
-    def episodes(cfg):
+    def episodes(cfg, _):
         score = {"return_mean": 5.0, "cost_mean": 0.0, "zero_cost_share": 1.0}
         better = cfg.method == "td3bc"
-        return np.full((4, 4), worth[cfg.task] + cfg.seed + better), {"actor": score}
+        results = {"versions": {}, "device": "cpu", "method": cfg.method}
+        results |= {"acting": {"actor": score}, "eval": {"acting": "actor"}}
+        return np.full((4, 4), worth[cfg.task] + cfg.seed + better), results
 
     here = sys.modules[__name__]
-    monkeypatch.setattr(here, "check_runs", list)
+    monkeypatch.setattr(here, "check_runs", lambda runs: {cfg.folder: {} for cfg in runs})
     monkeypatch.setattr(here, "finished_run", episodes)
     rows = compare(["bc", "td3bc"], list(worth), 2, {"out": str(tmp_path)})
     assert [row["task"] for row in rows[::2]] == [*worth, "all"]

@@ -16,6 +16,7 @@ holding a heading. Where speed is the danger, the robot is kicked to a speed bet
 """
 
 import argparse
+import functools
 import sys
 
 import numpy as np
@@ -100,7 +101,8 @@ def episodes_of(task, states, seed):
     runs = task.name.endswith("Velocity")
     episodes = []
     bar = tqdm(total=states, desc=task.name, leave=False, dynamic_ncols=True)
-    while bar.n < states:
+    driven = 0
+    while driven < states:
         obs, _ = env.reset(seed=seed + len(episodes))
         rows = []
         left = 0  # steps of the present behaviour
@@ -116,6 +118,7 @@ def episodes_of(task, states, seed):
             next_obs, _, cost, terminated, truncated, _ = env.step(action)
             rows.append((obs, action, next_obs, cost > 0))
             bar.update()
+            driven += 1
             obs = next_obs
             if terminated or truncated:
                 break
@@ -160,15 +163,29 @@ def score(name, states, seed):
         unsafe_rows += unsafe.sum()
         early += warning(wide, unsafe)
     hits, positives, around, found, lost = sums.T
-    recall = hits / max(unsafe_rows, 1)
-    precision = hits / np.maximum(positives, 1)
-    precision_5 = around / np.maximum(positives, 1)
-    recall_5 = found / max(unsafe_rows, 1)
+    positives = np.where(positives > 0, positives, np.nan)
+    violations = unsafe_rows or np.nan  # shares of nothing are no numbers
+    recall = hits / violations
+    precision = hits / positives
+    precision_5 = around / positives
+    recall_5 = found / violations
     shares = [recall[0], precision[0], recall_5[0], precision_5[0]]
     shares += [recall[1], precision[1], precision_5[1]]
     head = [name, str(rows), f"{unsafe_rows / rows:.1%}"]
     steps_before = f"{np.median(early):.0f}" if early else "-"
-    return [*head, *(f"{share:.3f}" for share in shares), steps_before, f"{lost[1]:.0f}"]
+    cells = ["-" if np.isnan(share) else f"{share:.3f}" for share in shares]
+    return [*head, *cells, steps_before, f"{lost[1]:.0f}"]
+
+
+def judge(names, states, seed):
+    """Prints the table, a row for each task. Raises ProcoError before the first is driven."""
+    for name in names:
+        proco.load_cost(name)
+        proco.make_env(name)
+    print(HEAD)
+    print("| --- " * 12 + "|")
+    for name in names:
+        print(f"| {' | '.join(score(name, states, seed))} |", flush=True)
 
 
 def main(argv=None):
@@ -183,20 +200,8 @@ def main(argv=None):
         parser.error("--states has to be at least 1, --seed from 0 to 2147483647")
     torch.set_num_threads(1)
     names = list(proco.TASKS) if args.tasks == ["all"] else args.tasks
-    try:
-        for name in names:  # a misspelt one is found before the first is driven
-            proco.get_task(name)
-        print(HEAD)
-        print("| --- " * 12 + "|")
-        for name in names:
-            print(f"| {' | '.join(score(name, args.states, args.seed))} |", flush=True)
-    except proco.ProcoError as error:
-        print(f"llm_costs.score: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("llm_costs.score: interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    work = functools.partial(judge, names, args.states, args.seed)
+    return proco.serve("llm_costs.score", work)
 
 
 if __name__ == "__main__":

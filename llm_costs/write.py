@@ -31,6 +31,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -394,12 +395,32 @@ def own_words(body, key):
     return (words.replace(key, "***") if key else words)[:300]
 
 
-def post(place, question, key):
+class Bearer:
+    """How requests is told the key, so that no ~/.netrc takes its place."""
+
+    def __init__(self, key):
+        self.key = key
+
+    def __call__(self, request):
+        if self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
+
+
+def endpoint(url):
+    """Where to ask -> (with the password it may hold, and without, for messages)."""
+    parts = urllib.parse.urlsplit(url.strip())
+    path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    shown = parts._replace(path=path, netloc=parts.netloc.rpartition("@")[2], query="")
+    return parts._replace(path=path).geturl(), shown.geturl()
+
+
+def post(url, question, key):
     """Asks once -> (status, header fields, text). The key goes into the request, nowhere else."""
     import requests
 
-    fields = {"Authorization": f"Bearer {key}"} if key else {}
-    options = {"headers": fields, "timeout": (10, ANSWER_TIME), "allow_redirects": False}
+    place, shown = endpoint(url)
+    options = {"auth": Bearer(key), "timeout": (10, ANSWER_TIME), "allow_redirects": False}
     end = time.monotonic() + ANSWER_TIME
     body = bytearray()
     try:
@@ -407,23 +428,24 @@ def post(place, question, key):
             for piece in reply.iter_content(1):  # byte by byte, to look at the clock in between
                 body += piece
                 if time.monotonic() > end:
-                    raise ProcoError(f"{place} takes more than {ANSWER_TIME} s for one answer.")
+                    raise ProcoError(f"{shown} takes more than {ANSWER_TIME} s for one answer.")
     except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
-        raise ProcoError(f"the answer of {place} breaks off or is damaged.") from None
+        raise ProcoError(f"the answer of {shown} breaks off or is damaged.") from None
     except (requests.RequestException, ValueError) as error:
         why = type(error).__name__  # its text may quote the key
-        raise ProcoError(f"no language model answers at {place} ({why}).") from None
+        raise ProcoError(f"no language model answers at {shown} ({why}).") from None
     return reply.status_code, reply.headers, body.decode("utf-8-sig", errors="replace")
 
 
-def patient_post(place, question, key):
+def patient_post(url, question, key):
     """Asks, and asks again while the server is busy -> the text of its answer, or ProcoError."""
     waited = 0.0
     pause = 1.0
     while True:
-        status, fields, body = post(place, question, key)
+        status, fields, body = post(url, question, key)
         if status == 200:
             return body
+        place = endpoint(url)[1]
         why = f"{place} answers with status {status}: {own_words(body, key) or 'nothing more'}"
         if 300 <= status < 400:
             why += f"; it points to {fields.get('Location')}, so give that as --url"
@@ -450,10 +472,11 @@ def content_of(message):
 
 def ask(url, model, messages, key=""):
     """The next message of an OpenAI-compatible endpoint -> (text, why it is not whole or None)."""
-    place = url.strip().rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    body = patient_post(place, {"model": model, "messages": messages, "stream": False}, key)
+    place = endpoint(url)[1]
+    body = patient_post(url, {"model": model, "messages": messages, "stream": False}, key)
     pieces = []
     finish = None
+    refusal = ""
     usage = {}
     try:
         events = [body]
@@ -465,15 +488,21 @@ def ask(url, model, messages, key=""):
                 raise ProcoError(f"{place} answers: {own_words(json.dumps(event), key)}.")
             usage = event.get("usage") or usage
             for choice in event.get("choices", [])[:1]:
-                pieces.append(content_of(choice.get("message") or choice.get("delta") or choice))
+                message = choice.get("message") or choice.get("delta") or choice
+                pieces.append(content_of(message))
+                refusal = refusal or message.get("refusal")
                 finish = choice.get("finish_reason") or finish
         tokens = usage.get("completion_tokens")
     except (ValueError, LookupError, TypeError, AttributeError):
         pieces = []
     if not pieces:
-        start = " ".join(body.split())[:80] or "nothing"
+        start = own_words(body, key)[:80] or "nothing"
         raise ProcoError(f"what {place} answers is no chat completion: {start}")
-    if finish != "length":
+    if refusal or finish == "content_filter":
+        return "".join(pieces), f"the model declines: {refusal or finish}."
+    if len(events) > 1 and not finish and "[DONE]" not in events[-1]:
+        finish = "length"  # a stream that broke off
+    if str(finish).lower() not in ("length", "model_length", "max_tokens"):
         return "".join(pieces), None
     count = f" at {tokens} tokens" if tokens else ""
     return "".join(pieces), f"the reply was cut off{count}; be brief, or allow the model more."
@@ -576,7 +605,8 @@ def main(argv=None):
     if argv == ["--check"]:
         return answer_check()
     args = parse(argv)
-    try:
+
+    def work():
         if args.show_prompt:
             sys.stdout.buffer.write(prompt(args.task).encode())
         elif args.url and args.model:
@@ -584,13 +614,8 @@ def main(argv=None):
             write_cost(args.task, args.url, args.model, args.key, args.attempts, args.out, data)
         else:
             raise ProcoError("it needs --url and --model (or PROCO_LLM_URL and PROCO_LLM_MODEL).")
-    except ProcoError as error:
-        print(f"llm_costs.write: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("llm_costs.write: interrupted; nothing was written.", file=sys.stderr)
-        return 130
-    return 0
+
+    return proco.serve("llm_costs.write", work, lambda: "nothing was written")
 
 
 if __name__ == "__main__":
