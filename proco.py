@@ -276,9 +276,9 @@ TASKS = {
 }
 for row in itertools.product(AGENTS, LIDARS, (1, 2)):
     TASKS["{}{}{}".format(*row)] = navigation_task(*row)
-# A violation is seldom announced, so gamma_f is short and eps small; and the actor must not leave
-# the gait of the clone, so training is short.
-GAIT = {"gamma_f": 0.9, "eps": 0.1, "clone_updates": 1_500, "feasibility_updates": 2_500}
+# A violation is seldom announced, so gamma_f is short; and the actor must not leave the gait of the
+# clone, so cloning weighs more (with 1 Swimmer's return was 5, not 24).
+GAIT = {"gamma_f": 0.9, "bc_weight": 5.0, "clone_updates": 1_500, "feasibility_updates": 2_500}
 GAIT |= {"updates": 2_000, "rollouts": 12_000}
 for robot, (size, actions, dt, limited, healthy) in ROBOTS.items():  # nothing stands around them
     name = f"{robot}Velocity"
@@ -1266,25 +1266,25 @@ def plan(agent, state):
     """The policy with look-ahead: state (B, S) -> (B, A), the first action of the plan with most
 
         sum over t of  gamma^kt (min(Q_r(s, a) - Q_r(s, pi), 0) / |Q_r| - plan_clone |a - clone|^2)
-        - 100 * 0.9^t (c + 0.1 [V_f > eps])
+        - 100 * 0.9^t (c + d + 0.1 [V_f > eps])
         + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached before, what that is worth
 
-    among those with Q_f <= eps; |.|^2 in units of the clone's own error on D; c: the predicate with
-    the margin, of the best elite. # DEVIATION: the abstract names no planner. But steering around a
-    hazard is no smooth function of a state: our actors drove over it or stopped before it."""
+    |.|^2 in units of the clone's own error on D; c: the predicate with the margin, d: with -2 cm.
+    # DEVIATION: the abstract names no planner. But steering around a hazard is no smooth function
+    of a state: our actors drove over it or stopped before it."""
     task = agent.task
     cfg = agent.cfg
     model = agent.model
+    if task.moving:  # to press one that is off is no danger yet, but it goes on under whoever stays
+        state = state.index_fill(1, torch.tensor(task.own_dim - 1, device=state.device), 0)
     x = agent.features(state)
     choice = agent.candidates(x)  # (M, B, A)
-    feasible = agent.danger(x, choice)[..., 0] <= agent.eps
-    feasible |= ~feasible.any(0)  # where nothing is feasible the least harm is planned for
     copies = len(HOLD) * len(choice)
-    hold = torch.tensor(HOLD, device=x.device)[:, None].repeat_interleave(feasible.numel(), 0)
     first = choice.flatten(0, 1).repeat(len(HOLD), 1)  # (P, A): a row a plan
-    score = torch.where(feasible, 0, -math.inf).flatten().repeat(len(HOLD))
+    hold = torch.tensor(HOLD, device=x.device).repeat_interleave(len(first) // len(HOLD))[:, None]
     here = state.repeat(copies, 1)
     x = x.repeat(copies, 1)
+    score = torch.zeros_like(x[:, 0])
     weight = torch.ones_like(score)
     for t in range(LOOK_AHEAD):
         proposal = agent.propose(x)
@@ -1299,8 +1299,10 @@ def plan(agent, state):
         weight = weight * cfg.gamma**task.repeat * going  # danger counts behind a goal, too
         x = agent.features(there)
         unsafe = judge(agent.cost, task, here, action, there, agent.margin)
+        # The model knows no contact: it would press on through a button that stands in its way.
+        deep = judge(agent.cost, task, here, action, there, -0.02)
         infeasible = agent.v_s(x)[0, :, 0] > agent.eps
-        score = score - PRICE * 0.9**t * (unsafe + 0.1 * infeasible)
+        score = score - PRICE * 0.9**t * (unsafe + deep + 0.1 * infeasible)
         here = there
     score = score + weight * agent.worth(x, agent.propose(x)) / agent.q_scale
     best = score.view(copies, -1).argmax(0) % len(choice)
@@ -1322,14 +1324,14 @@ class Policy:
     @torch.inference_mode()
     def act(self, obs):
         """Actions for the next step of all episodes: obs (B, O) -> array (B, A) in [-1, 1].
-        # DEVIATION: a decision lasts task.repeat steps (of filter and plan only while Q_f allows):
+        # DEVIATION: a decision lasts task.repeat steps (of the filter only while Q_f allows it):
         who decides anew at each step changes his mind, and PointGoal1 fell from 21 to 16."""
         agent = self.agent
         self.last = encode(np.asarray(obs, np.float32), agent.task, self.last)
         state = self.last.to(agent.mean.device)
         if self.age % agent.task.repeat == 0:
             self.decision = self.decide(state)
-        elif self.acting in ("filter", "plan"):
+        elif self.acting == "filter":
             revise = agent.danger(agent.features(state), self.decision)[:, 0] > agent.eps
             if revise.any():
                 self.decision[revise] = self.decide(state[revise])

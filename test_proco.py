@@ -1791,10 +1791,19 @@ def test_a_plan_takes_what_earns_most_and_never_what_is_doomed():
     assert (state[:, 0] > 0.8).all()
 
 
-def test_a_plan_never_begins_with_what_q_f_forbids():
+@pytest.mark.parametrize("solid, action", [(False, 1), (True, -1)])
+def test_a_plan_does_not_press_on_through_what_is_solid(solid, action):
+    """It has run into a thing 30 cm thick; on through it is shorter than back, if it gives way."""
+
+    def cost(obs, action, next_obs, margin):
+        x = next_obs[..., 0]
+        core = (x > 1.1) & (x < 1.2) if solid else torch.zeros_like(x)
+        return 1.0 * (core if margin < 0 else (x > 1) & (x < 1.3))
+
     agent = newborn()
-    give(agent, q_r=lambda x, v, a: x, q_f=lambda x, v, a: 1.0 * (a > -0.5))
-    assert proco.plan(agent, torch.tensor([[-5.0, 0.0]])).tolist() == [[-1]]
+    give(agent)
+    agent.cost = cost
+    assert proco.plan(agent, torch.tensor([[1.01, 0.3]])).tolist() == [[action]]
 
 
 @pytest.mark.parametrize("wall, action", [(True, -1), (False, 1)])
