@@ -2526,6 +2526,20 @@ def test_forms_of_the_url_and_the_key(tail, endpoint, ask_once):
     assert "secret" not in text + json.dumps(question)
 
 
+def test_a_key_is_not_replaced_by_a_netrc_and_a_password_is_not_shown(
+    endpoint, ask_once, tmp_path, monkeypatch
+):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password hidden\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    url = endpoint.url.replace("//", "//me:hidden@") + "/chat/completions?api-version=1"
+    ask_once(answer(fenced(GOOD)), url=url, key="very-secret")
+    ((path, fields, _),) = endpoint.asked
+    assert path == "/v1/chat/completions?api-version=1"
+    assert fields["Authorization"] == "Bearer very-secret"
+    assert write.endpoint(url)[1] == f"{endpoint.url}/chat/completions"
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "nonsense", "http://", "http://[::1"])
 @pytest.mark.parametrize("key", ["very-secret", "very\nsecret", "very-sécret€"])
 def test_nobody_is_there(url, key, endpoint, tmp_path):
@@ -2844,6 +2858,8 @@ def test_data_sets_that_can_be_learnt_from(change, episodes, tmp_path):
         (lambda d: {"costs": at(d["costs"], [105, 110], [1, -1])}, "costs"),
         (lambda d: {"costs": at(d["costs"], 7, np.nan)}, "costs"),
         (lambda d: {"costs": np.ones(600)}, "--max-episode-cost"),
+        (lambda d: {"terminals": 255 * d["timeouts"]}, "not in [0, 1]"),
+        (lambda d: {"costs": h5py.Empty("f4")}, "costs"),
         (lambda d: {"timeouts": d["terminals"]}, "0 of 0 episodes"),
         (lambda d: {key: value[:0] for key, value in d.items()}, "too few"),
         (lambda d: recorded([2] * 60), "16 steps"),
