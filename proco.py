@@ -20,10 +20,10 @@ look safe everywhere, so a learner copies the drivers and crashes a little off t
 makes up the crashes that did not happen, and learns from them where safety can still be kept:
 
     1 data          D: whole episodes without a violation, recorded or demonstrated on the spot
-    2 dynamics      a probabilistic ensemble p_i(s' | s, a), learnt from D: dynamics_loss
+    2 dynamics      a probabilistic ensemble p_i(s' | s, a) of the agent's motion: dynamics_loss
     3 cost          words -> language model (llm_costs/write.py) -> predicate: conservative_cost
-    4 roll-outs     the model makes D_cf, unsafe and infeasible samples: roll_out
-    5 feasibility   Q_f, V_f = gamma_f^k if a violation in k steps is unavoidable: feasibility_loss
+    4 roll-outs     the model makes D_cf: unsafe, infeasible and safe samples: roll_out
+    5 feasibility   Q_f, V_f = gamma_f^n if a violation in n steps is unavoidable: feasibility_loss
     6 policy        Lagrangian TD3+BC: reward where feasible, else back to safety: lagrangian_loss
     7 acting        clone, actor, filter (Q_f chooses) or plan (ours: the model looks ahead): plan
     9 evaluation    return and cost in the real simulator (8 is the training loop, 10 a whole run)
@@ -34,8 +34,8 @@ makes up the crashes that did not happen, and learns from them where safety can 
     python proco.py --evaluate runs/CarButton1/proco/seed0 --acting filter
 
 Shapes: E members, B batch, H horizon, S state, A action, O observation, N things around the agent,
-K kinds of them, W own fields, M candidates, F features. ASSUMED: the abstract is silent.
-DEVIATION: we differ. FORK: a seam to cut at.
+K kinds of them, W own fields, M candidates, F features; k steps of a decision.
+ASSUMED: the abstract is silent. DEVIATION: we differ. FORK: a seam to cut at.
 """
 
 import argparse
@@ -117,7 +117,7 @@ class Config:
     gamma_f: float = setting(0.97, "5 feasibility", "discount of violations, a step", 0.01, 0.9999)
     eps: float = setting(0.5, "5 feasibility", "feasible is where V_f <= eps", 0.001, 0.999)
     clone_updates: int = setting(5_000, "6 policy", "of the clone, where all begin", 1, 1e9)
-    feasibility_updates: int = setting(6_000, "6 policy", "of safety critics alone", 1, 1e9)
+    feasibility_updates: int = setting(6_000, "6 policy", "of critics, before the actor's", 1, 1e9)
     updates: int = setting(4_000, "6 policy", "of safety critics; half of Q_r and actor", 1, 1e9)
     batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
     hidden: int = setting(128, "6 policy", "width of both hidden layers; the model's half", 2, 1e5)
@@ -143,13 +143,9 @@ class Config:
         if self.method not in METHODS:
             raise ProcoError(f"there is no method {self.method!r}; there are {', '.join(METHODS)}")
         # The algorithm, and whether PROCO is under it: a model, the conservative cost and D_cf.
-        self.algorithm = (
-            "td3bc-lag" if self.method == "proco" else self.method.removeprefix("proco-")
-        )
+        self.algorithm = {"proco": "td3bc-lag"}.get(self.method, self.method.removeprefix("proco-"))
         self.counterfactual = self.method.startswith("proco")
-        self.folder = (
-            Path(os.path.expanduser(self.out)) / self.task / self.method / f"seed{self.seed}"
-        )
+        self.folder = Path(os.path.expanduser(self.out), self.task, self.method, f"seed{self.seed}")
 
 
 # ==== 0. Tasks, and the state through which they are seen =========================================
@@ -217,9 +213,7 @@ class Task:
         self.reach = torch.tensor([self.lidars[kind].reach for kind in self.kinds])  # (N,), m
         self.full = np.array(self.saturation or [1.0] * self.act_dim, np.float32)  # (A,)
         self.moving = bool(self.things("gremlins"))  # whether things move by themselves, all alike
-        self.own_dim = (
-            len(self.sensors) + 3 * self.moving
-        )  # with velocity, how long buttons are off
+        self.own_dim = len(self.sensors) + 3 * self.moving  # velocity; how long buttons are off
         self.state_dim = self.own_dim + 2 * len(self.kinds)
         self.aims = self.things("goal", "push_box")  # one of each: out of sight it is remembered
 
@@ -266,14 +260,13 @@ def navigation_task(agent, kind, level):
     return Task(name, f"Safety{name}-v0", obs_dim, 2, steps, dt, sensors, **more)
 
 
-# A line and a wall need less than a car among obstacles.
+# A line and a wall need less than a car among obstacles, but for episodes, which are short.
 SMALL = {"driver_episodes": 100, "hidden": 64, "margin": 0.005, "horizon": 21, "gamma_f": 0.98}
 SMALL |= {"rollouts": 20_000, "eps": 0.4, "clone_updates": 500, "feasibility_updates": 3_000}
 SMALL |= {"updates": 1_000, "eval_episodes": 50}
 LINE = {"repeat": 3, "limited": (0,), "settings": SMALL}
-TASKS = {
-    "DoubleIntegrator": Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **LINE)
-}
+line = Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **LINE)
+TASKS = {"DoubleIntegrator": line}
 for row in itertools.product(AGENTS, LIDARS, (1, 2)):
     TASKS["{}{}{}".format(*row)] = navigation_task(*row)
 # A violation is seldom announced, so gamma_f is short; and the actor must not leave the gait of the
@@ -419,7 +412,7 @@ def ended(state, task):
 
 # ==== 1. Data: exclusively safe episodes ==========================================================
 # D has whole episodes without a recorded violation (or few: --max-episode-cost). Without PROCO its
-# costs are (nearly) zero therefore. With PROCO its steps get the conservative cost of step 3.
+# costs are (nearly) zero therefore. With PROCO its steps are judged by step 3's predicate.
 
 CACHE = Path(os.path.expanduser(os.environ.get("PROCO_CACHE", "~/.cache/proco")))
 DEMONSTRATOR = "v3"  # its version, in the names of the files that it made
@@ -631,7 +624,8 @@ def to_device(arrays, task, cost, device):
 
 def decisions(data, task, gamma, margin=None):
     """D in decisions, all stretches of k = task.repeat steps within an episode -> {key: (B, .)};
-    the cost (B, k) of their steps: with a margin the conservative one, else as recorded."""
+    the cost (B, k) of their steps: with a margin the predicate's at the recorded s', else as
+    recorded. # ASSUMED: the action is their mean, though who decides holds one."""
     k = task.repeat
     episode = data["episode"]
     first = (episode[k - 1 :] == episode[: len(episode) - k + 1]).nonzero()[:, 0]
@@ -745,8 +739,8 @@ def jumped(state, following, task, steps=1):
 
 
 def redrawn_within(state, following, task):
-    """The distance at which a thing is reached and jumps to a new place: (K, 16), m, for each kind
-    and side, as a Car presses a button at 0.21 to 0.31 m; 0 for kinds that never jump when near."""
+    """The least distance in D of things that jump to a new place when they are reached: (K, 16), m,
+    for each kind and side (a Car presses a button at 0.21 to 0.31 m); 0 for kinds that don't."""
     z = split(state, task)[1][..., task.nearest]  # (B, K)
     jump = jumped(state, following, task)
     closest = torch.zeros(z.shape[-1], BINS, device=z.device)
@@ -799,7 +793,7 @@ def train_dynamics(data, task, cfg, generator):
     model.requires_grad_(False)
     _, error = dynamics_loss(model, *held_out)
     model.elites = error.argsort()[: len(model.elites)]
-    # ASSUMED: a roll-out is believed while the elites differ by at most three times what is usual.
+    # ASSUMED: believed up to three times the 99% quantile on held-out steps, and up to 0.5.
     if len(model.elites) > 1:
         usual = model.disagreement(model.step(data["state"][test], data["action"][test]))
         model.limit = (3 * usual.quantile(0.99)).clamp(min=0.5)
@@ -816,9 +810,7 @@ def dynamics_report(model, data):
     def blocks(state):
         own, z = split(state, task)
         parts = {"sensors": own[..., : len(task.sensors)] / model.change[: len(task.sensors)]}
-        return parts | {
-            task.lidars[task.kinds[n]].name: z[:, n : n + 1].abs() for n in task.nearest
-        }
+        return parts | {lidar.name: z[:, [n]].abs() for lidar, n in zip(task.lidars, task.nearest)}
 
     within = data["held_out"][:-15] & (data["episode"][:-15] == data["episode"][15:])
     rows = within.nonzero()[::7, 0]
@@ -847,8 +839,9 @@ def dynamics_report(model, data):
 
 
 # ==== 3. Cost: a predicate written by a language model ============================================
-# A language model has turned a sentence into Python code (llm_costs/write.py asks it, the result is
-# llm_costs/<task>.py). The code reads observations, so it can judge states that the model invents.
+# A language model has turned words (llm_costs/PROMPT.md with what is known of the task) into Python
+# code, llm_costs/<task>.py; llm_costs/write.py has another one written, score.py judges it. The
+# code reads observations, so it can judge states that the model invents.
 
 
 def load_cost(task, path=None, text=None):
@@ -920,11 +913,11 @@ def model_margin(model, cost, data):
     return min(max(float(error.quantile(0.99)), 0.02 if task.lidars else 0.0), 0.99)
 
 
-# ==== The agent: what steps 4 to 7 learn ==========================================================
+# ==== The agent: what steps 5 and 6 learn, and 4 and 7 ask ========================================
 
 
 def around(proposal, task, levels=(-1.0, 0.0, 1.0)):
-    """A fixed list of actions, the proposal first: (B, A) -> (M, B, A). Then, of two numbers, the
+    """A fixed list of actions, the proposal first: (B, A) -> (M, B, A). Then, of up to two, the
     grid of levels, without 0 where all forces are clamped; of more, one changed by 0.5."""
     if task.act_dim > 2:
         change = 0.5 * torch.eye(task.act_dim, device=proposal.device)
@@ -951,7 +944,7 @@ class Agent(nn.Module):
         self.register_buffer("std", torch.ones(task.own_dim))
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
         self.register_buffer("clone_error", torch.ones(task.act_dim))  # in full, on D
-        self.register_buffer("q_scale", torch.tensor(1.0))  # mean |Q_r| on D
+        self.register_buffer("q_scale", torch.tensor(1.0))  # |Q_r| below: its mean on a batch of D
         self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
         width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
         both = width + task.act_dim
@@ -1095,14 +1088,15 @@ def roll_out(agent, starts, generator):
 
 
 # ==== 5. Feasibility: which states and actions still allow safety =================================
-# V_f(s) = gamma_f^k if even the safest policy violates after k steps, and 0 if some policy never
-# violates. A state is called feasible where V_f <= eps.
+# V_f(s) = gamma_f^n if even the safest policy violates after n steps, and 0 if some policy never
+# violates. A state is called feasible where V_f <= eps: 0.97^n <= 0.5 is more than 22 steps ahead.
 
 
 def feasibility_loss(agent, rows):
     """How far Q_f, Q_c and V are from what they should be, on D and D_cf. # FORK: or others.
 
-        V(s')     <- min of Q(s', a') over a', the actor's and the corners of the action box
+        V(s')     <- min of Q(s', a') over a' = pi(s') and corners of the action box (or, of more
+                     than two numbers, pi(s') with one of them changed by 0.5)
         Q_f(s, a) <- max(max_j gamma_f^j c^_j, gamma_f^k (1 - end) V_f(s'))
         Q_c(s, a) <- (1 - gamma_f) sum_j gamma_f^j c^_j + gamma_f^k (1 - end) V_c(s')
 
@@ -1125,9 +1119,9 @@ def feasibility_loss(agent, rows):
 
 
 # ==== 6. Policy: an offline algorithm, on D and, with PROCO, on D_cf ==============================
-# All algorithms share networks, D, decisions, number of updates and rates, and one safety critic
-# (DEVIATION: for CPQ, too). They differ in the actor's loss; CPQ also in both critics'. PROCO's
-# updates see D_cf beside D, so the actor has twice the rows.
+# All algorithms share networks, D, decisions, number of updates and rates; those that know safety
+# one safety critic (DEVIATION: CPQ, too). They differ in the actor's loss, CPQ also in its critics'.
+# PROCO's updates see D_cf beside D, so the actor has twice the rows.
 
 CPQ_LIMIT = 0.1  # ASSUMED: Q_c above which CPQ calls an action unsafe
 
@@ -1187,7 +1181,7 @@ def actor_loss(agent, rows):
 
 
 def lagrangian_loss(agent, x, pi, td3bc):
-    """Lagrangian TD3+BC -> (loss, mean violation).
+    """Lagrangian TD3+BC -> (loss, mean violation); `update` raises lambda while that is too high.
 
         feasible states:    -Q_r / |Q_r| + 2 bc_weight (pi - a)^2 + lambda max(Q_f(s, pi) - eps, 0)
         infeasible states:  20 Q_c(s, pi), the way back
@@ -1204,10 +1198,11 @@ def lagrangian_loss(agent, x, pi, td3bc):
 def fisor_loss(agent, rows, pi, clone):
     """FISOR (Zheng et al. 2024): regression on actions weighted by exp of their advantage.
 
-        feasible:    exp(3 A_r) 1[Q_f(s, a) <= eps] (pi - a)^2, A_r = (Q_r(a) - Q_r(pi)) / |Q_r|
+        feasible:    exp(3 A_r) 1[Q_f(s, b) <= eps] (pi - b)^2, A_r = (Q_r(b) - Q_r(pi)) / |Q_r|
         infeasible:  exp(20 (V_c(s) - Q_c(s, a))) (pi - a)^2
 
-    # DEVIATION: a deterministic actor for a diffusion model, A_r against it for an expectile."""
+    a: the row's action; b: the driver's, in D_cf the clone's; weights are at most 20. # DEVIATION:
+    a deterministic actor for a diffusion model, A_r against it for an expectile, Q_c for Q_f."""
     with torch.no_grad():
         x = rows["x"]
         better = (agent.worth(x, rows["driver"]) - agent.worth(x, pi)) / agent.q_scale
@@ -1368,8 +1363,9 @@ def draw(table, count, generator):
     return {key: column.index_select(0, chosen) for key, column in table.items()}
 
 
-def update(agent, optimisers, d, cf, policy, even, generator, share=1):
-    """One update of the critics and, with policy, of the actor -> its logs."""
+def update(agent, optimisers, d, cf, generator, share=1, reward=True, policy=True):
+    """One update of the safety critics and, where asked for, of reward critics and of the actor
+    -> its logs."""
     cfg = agent.cfg
     logs = {}
     rows_d = draw(d, cfg.batch, generator)
@@ -1384,21 +1380,21 @@ def update(agent, optimisers, d, cf, policy, even, generator, share=1):
         if cfg.algorithm == "cpq":
             loss = loss + cpq_penalty(agent, rows_d, generator)
         descend(optimisers["safety"], loss, share)
-    # --- Reward critics and their slow copy, every second time ---
-    if even and "q_r" in optimisers:
+    # --- Reward critics and their slow copy ---
+    if reward and "q_r" in optimisers:
         loss = reward_critic_loss(agent, rows_d, generator)
         descend(optimisers["q_r"], loss, share)
         logs["reward_loss"] = loss.detach()
         with torch.no_grad():
             for slow, fast in zip(agent.q_r_slow.parameters(), agent.q_r.parameters()):
                 slow.lerp_(fast, 0.02)
-    # --- Actor and multiplier, where the critics have learnt for a while ---
-    if even and policy:
+    # --- Actor and multiplier ---
+    if policy:
         loss, violation = actor_loss(agent, rows)
         descend(optimisers["actor"], loss, share)
         logs["actor_loss"] = loss.detach()
         # --- Dual ascent: lambda, in [0.1, 100], rises while the violation is above 0.003 ---
-        # With a tenth of that lambda rose to 100, and PointGoal1's actor cost 77 instead of 46.
+        # With 0.0003 lambda rose to 100, and PointGoal1's actor cost 77 instead of 46.
         if violation is not None:
             agent.log_lam += 0.3 * (violation - 0.003).clamp(-0.003, 0.03)
             agent.log_lam.clamp_(math.log(0.1), math.log(100))
@@ -1494,9 +1490,9 @@ def train(training, data, identity, path):
     d["reward"] = d["reward"] / d["reward"].std().clamp(min=1e-6)
     # --- Lengths, the same for every method: each actor gets as many updates, at the same rates ---
     parts = (cfg.clone_updates, cfg.feasibility_updates, cfg.updates)
-    clone_end, alone, rest = (max(1, round(part * cfg.scale)) for part in parts)
-    total = clone_end + alone + rest
-    every = math.ceil((alone + rest) / ROUNDS)
+    clone_end, before, rest = (max(1, round(part * cfg.scale)) for part in parts)
+    total = clone_end + before + rest
+    every = math.ceil((before + rest) / ROUNDS)
     clock = time.time()
     done = kept["step"] == total  # what is driven again is not trained again
     if done:
@@ -1516,10 +1512,10 @@ def train(training, data, identity, path):
                 if cfg.counterfactual and cfg.horizon and (step - clone_end) % every == 0:
                     kept["cf"] = add_round(kept["cf"], states, agent, generator)
                 # Rates fall linearly over the last half of the time after cloning.
-                share = min(1, 2 * (total - step) / (alone + rest))
-                policy = step >= clone_end + alone
+                share = min(1, 2 * (total - step) / (before + rest))
                 even = step % 2 == 0
-                logs = update(agent, optimisers, d, kept["cf"], policy, even, generator, share)
+                policy = even and step >= clone_end + before
+                logs = update(agent, optimisers, d, kept["cf"], generator, share, even, policy)
             kept["step"] = step + 1
             last = step + 1 == total
             if step % 200 == 0 or last:
@@ -1558,9 +1554,6 @@ def import_simulator():
     assets["textures"]["skybox"] = sky
     every_contact = MjData.contact.fget
 
-    def load(file, Loader):
-        return assets
-
     def contacts(data):  # without those with the floor (geom 0): most are, and no cost counts them
         pairs = every_contact(data)
         return [pairs[i] for i in np.flatnonzero(pairs.geom1 * pairs.geom2)]
@@ -1570,7 +1563,7 @@ def import_simulator():
         x = np.sin(data.time) * gremlins.travel
         data.mocap_pos[:] = x, np.cos(data.time) * gremlins.travel, gremlins.size
 
-    world.yaml = SimpleNamespace(load=load, FullLoader=None)
+    world.yaml = SimpleNamespace(load=lambda file, Loader: assets, FullLoader=None)
     MjData.contact = property(contacts)
     Gremlins.move = move
     return safety_gymnasium
@@ -1653,12 +1646,8 @@ def evaluate(path, cfg, cost):
     jobs = []
     for way in chosen:
         jobs += [(path, cfg.task, cost.text, way, share, share is shares[0]) for share in shares]
-    driven = {way: [] for way in chosen}
-    for rows in in_parallel(drive, jobs):
-        driven[rows[0]["acting"]] += rows
-    for rows in driven.values():
-        rows.sort(key=itemgetter("seed"))
-    return driven
+    rows = sorted(itertools.chain(*in_parallel(drive, jobs)), key=itemgetter("seed"))
+    return {way: [row for row in rows if row["acting"] == way] for way in chosen}
 
 
 def summarise(cfg, driven):
@@ -1683,10 +1672,8 @@ def print_scores(title, scores):
     print(f"9 evaluation of {title:<26}   return     cost   violation-free")
     for way, score in scores.items():
         words = {"clone": "cloned policy", "filter": "actor + filter"}.get(way, way)
-        values = (
-            "{return_mean:8.2f} {cost_mean:8.2f}   {zero_cost_share:.0%} of {episodes} episodes"
-        )
-        print(f"   {words:<40}" + values.format(**score))
+        count = "{zero_cost_share:.0%} of {episodes} episodes".format(**score)
+        print(f"   {words:<40}{score['return_mean']:8.2f} {score['cost_mean']:8.2f}   {count}")
 
 
 # ==== 10. A run: from data to results =============================================================
@@ -1912,7 +1899,8 @@ def finish(folder, training, driven, content):
 
 @torch.no_grad()
 def draw_report(path, agent, driven):
-    """report.png: V_f as the first evaluation episode begins, and how it was driven."""
+    """report.png: V_f where the first evaluation episode begins, for who moves as drivers do on
+    average, and how it was driven."""
     from matplotlib.figure import Figure
 
     agent = copy.deepcopy(agent).cpu()
@@ -1946,7 +1934,7 @@ def draw_report(path, agent, driven):
     v_f = agent.feasibility(state).reshape(x.shape)
     mesh = axes.pcolormesh(x, y, v_f, cmap="cividis", vmin=0, vmax=1, rasterized=True)
     axes.contour(x, y, v_f, [agent.eps], colors="white")
-    figure.colorbar(mesh, label=f"V_f as the episode begins (line: eps = {agent.eps:g})")
+    figure.colorbar(mesh, label=f"V_f at the drivers' mean speed (line: eps = {agent.eps:g})")
     with whole(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
@@ -1954,9 +1942,8 @@ def draw_report(path, agent, driven):
 def parser():
     """The command line, made from Config."""
     form = argparse.RawDescriptionHelpFormatter
-    line = argparse.ArgumentParser(
-        "proco.py", None, __doc__.split("Shapes:")[0], formatter_class=form
-    )
+    head = __doc__.split("Shapes:")[0]
+    line = argparse.ArgumentParser("proco.py", description=head, formatter_class=form)
     groups = {}
     for field in dataclasses.fields(Config):
         about = field.metadata
@@ -1965,12 +1952,9 @@ def parser():
         flag = "--" + field.name.replace("_", "-")
         words = about["help"] + (f" ({about['default']})" if about["default"] != "" else "")
         groups[group].add_argument(flag, type=type(about["default"]), metavar="X", help=words)
-    line.add_argument(
-        "--resume", action="store_true", help="go on with a stopped run, show a finished"
-    )
-    line.add_argument(
-        "--evaluate", metavar="RUN", help="drive a finished run again; writes nothing"
-    )
+    add = line.add_argument
+    add("--resume", action="store_true", help="go on with a stopped run, show a finished")
+    add("--evaluate", metavar="RUN", help="drive a finished run again; writes nothing")
     return line
 
 

@@ -387,7 +387,7 @@ def td3bc_pair(rows=10_000):
     plain = PlainTD3BC(agent)
 
     def ours(table, generator):
-        proco.update(agent, optimisers, table, None, True, generator)
+        proco.update(agent, optimisers, table, None, generator)
 
     return ours, plain.update, agent, plain, table
 
@@ -1549,7 +1549,7 @@ def test_an_update_sees_d_and_with_proco_as_many_rows_of_d_cf(method, monkeypatc
     monkeypatch.setattr(proco, "feasibility_loss", feasibility_loss)
     nets = {"actor": agent.actor, "safety": agent.v_s}
     optimisers = {name: proco.adam(net.parameters(), 1e-3) for name, net in nets.items()}
-    proco.update(agent, optimisers, d, cf if method == "proco" else None, True, gen())
+    proco.update(agent, optimisers, d, cf if method == "proco" else None, gen())
     made_up = 32 if method == "proco" else 0
     rows = seen["actor"]
     close(rows["action"][:, 0], [0.5] * 32 + [-0.5] * made_up)
@@ -1723,7 +1723,7 @@ def multiplier(monkeypatch):
         monkeypatch.setattr(proco, "actor_loss", actor_loss)
         agent.log_lam.fill_(math.log(begin))
         for _ in range(steps):
-            proco.update(agent, optimisers, d, None, True, gen())
+            proco.update(agent, optimisers, d, None, gen())
         return float(agent.log_lam.exp())
 
     return after
