@@ -1120,7 +1120,7 @@ def feasibility_loss(agent, rows):
 
 # ==== 6. Policy: an offline algorithm, on D and, with PROCO, on D_cf ==============================
 # All algorithms share networks, D, decisions, number of updates and rates; those that know safety
-# one safety critic (DEVIATION: CPQ, too). They differ in the actor's loss, CPQ also in its critics'.
+# one safety critic (DEVIATION: CPQ, too). They differ in the actor's loss, CPQ in its critics' too.
 # PROCO's updates see D_cf beside D, so the actor has twice the rows.
 
 CPQ_LIMIT = 0.1  # ASSUMED: Q_c above which CPQ calls an action unsafe
