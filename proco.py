@@ -213,7 +213,7 @@ class Task:
         self.reach = torch.tensor([self.lidars[kind].reach for kind in self.kinds])  # (N,), m
         self.full = np.array(self.saturation or [1.0] * self.act_dim, np.float32)  # (A,)
         self.moving = bool(self.things("gremlins"))  # whether things move by themselves, all alike
-        self.own_dim = len(self.sensors) + 3 * self.moving  # velocity; how long buttons are off
+        self.own_dim = len(self.sensors) + 3 * self.moving  # velocity, and "buttons are off"
         self.state_dim = self.own_dim + 2 * len(self.kinds)
         self.aims = self.things("goal", "push_box")  # one of each: out of sight it is remembered
 
@@ -370,12 +370,9 @@ def remember(state, last, task):
         # Of 0.1 to 1, 0.25 errs least against the simulator: slower lags, faster follows the lidar.
         velocity = torch.where(same.any(-1), velocity + 0.25 * (mean - velocity), velocity)
         mine = task.things("buttons")
-        # A dark lidar means "off" where buttons were seen just now, else that none is near. They go
-        # on again after ten steps: off counts down.
-        near = still[..., mine].abs().amin(-1, keepdim=True) < 2.9
-        left = own_last[..., -1:]
-        off = (own[..., -1:] > 0) * near * torch.where(left > 0, (left - 0.1).clamp(min=0.1), 1)
-        z[..., mine] = torch.where(off > 0, still[..., mine], z[..., mine])
+        # A dark lidar means "off" where buttons were seen just now, else that none is near.
+        off = own[..., -1:] * (still[..., mine].abs().amin(-1, keepdim=True) < 2.9)
+        z[..., mine] = torch.where(off > 0.5, still[..., mine], z[..., mine])
         own = torch.cat([own[..., :-3], torch.view_as_real(velocity), off], -1)
     # What vanished from near by was reached and drawn anew. What left at the lidar's edge is there.
     reach = task.reach.to(z.device)
@@ -392,7 +389,7 @@ def decode(state, task):
     obs[..., list(task.sensors)] = own[..., : len(task.sensors)]
     value = (1 - z.abs() / task.reach.to(z.device)).clamp(min=0)
     if task.moving:  # buttons that are off are dark
-        value[..., task.things("buttons")] *= own[..., -1:] < 0.05
+        value[..., task.things("buttons")] *= own[..., -1:] < 0.5
     turn = z.angle() * (BINS / (2 * math.pi)) % BINS
     i = turn.long().clamp(max=BINS - 1)
     share = turn - i
@@ -702,7 +699,6 @@ class Dynamics(nn.Module):
             own = own + self.change * self(own, action, members)[0]
             own = own.clamp(self.low, self.high)  # a roll-out must not invent speeds
             if task.lidars:
-                own[..., 3:5] *= 0.5 / own[..., 3:5].norm(dim=-1, keepdim=True)  # a compass
                 spin, way = own_motion(before, own, task)
                 z = (z - way[..., None]) * spin[..., None]
             if task.moving:
@@ -890,7 +886,7 @@ def danger_distance(cost, task, state, action, following):
     low = torch.zeros_like(following[..., 0])
     high = torch.ones_like(low)
     inside = judge(cost, task, state, action, following, 0.0) > 0
-    for _ in range(12):
+    for _ in range(8):
         middle = (low + high) / 2
         unsafe = judge(cost, task, state, action, following, middle) > 0
         low = torch.where(unsafe, low, middle)
@@ -1270,7 +1266,7 @@ def plan(agent, state):
     task = agent.task
     cfg = agent.cfg
     model = agent.model
-    if task.moving:  # to press one that is off is no danger yet, but it goes on under whoever stays
+    if task.moving:  # buttons that are off go on again, and nothing seen tells when
         state = state.index_fill(1, torch.tensor(task.own_dim - 1, device=state.device), 0)
     x = agent.features(state)
     choice = agent.candidates(x)  # (M, B, A)
@@ -1502,7 +1498,7 @@ def train(training, data, identity, path):
             if step < clone_end:
                 rows = draw({"x": d["x"], "action": d["action"]}, cfg.batch, generator)
                 loss = (agent.imitate(rows["x"]) - rows["action"]).square().mean()
-                descend(optimisers["clone"], loss, min(1, 2 - 2 * step / clone_end))
+                descend(optimisers["clone"], loss)
                 logs = {"clone_loss": loss.detach()}
             else:
                 if step == clone_end:

@@ -854,10 +854,9 @@ def test_buttons_that_are_off_stay_where_they_were():
         true = seen_from(world, world.buttons.pos)
         found = things(state, task, "buttons").numpy()
         gap = np.abs(found[:, None] - true).min(1)
-        off = bool(state[7] > 0.05)
+        off = bool(state[7] > 0.5)
         assert off != obs[24:40].any()
         if off:
-            assert float(state[7]) == pytest.approx(1 - dark / 10, abs=1e-6)  # what is left of it
             dark += 1
             # one that hid behind another was wrong before; the others stay right
             assert (gap < 0.03).sum() >= right >= 2
