@@ -1951,7 +1951,8 @@ def test_every_method_trains_its_actor_as_often_and_at_the_same_rates(monkeypatc
         assert mine["actor"] == rates["bc"]["actor"]
         assert mine["clone"] == rates["bc"]["clone"]
         if "q_r" in mine:
-            assert mine["q_r"] == mine["actor"]
+            assert len(mine["q_r"]) == 25  # from the safety critics' first update on
+            assert mine["q_r"][15:] == mine["actor"]
         if "safety" in mine:
             assert mine["safety"] == rates["proco"]["safety"]
     assert len(rates["bc"]["clone"]) == 10
@@ -3032,7 +3033,7 @@ def test_of_two_downloads_at_once_one_waits(server, tmp_path, capsys):
     assert "waiting for another process" in capsys.readouterr().out
     first.unlink()
     (tmp_path / f"{server.file}.part").mkdir()
-    with pytest.raises(ProcoError, match="Is a directory"):
+    with pytest.raises(IsADirectoryError):  # the command line says it in one sentence
         fetch("PointGoal1")
 
 
@@ -3651,7 +3652,7 @@ def test_flags_become_settings():
     assert given.pop("resume")
     assert given == {"task": "PointGoal1", "eps": 0.3, "horizon": 0}
     assert Config(**given).eps == 0.3
-    assert Config(task="HopperVelocity").eps == 0.1  # the task's own
+    assert Config(task="HopperVelocity").gamma_f == 0.9  # the task's own
 
 
 def test_importing_does_nothing(tmp_path):

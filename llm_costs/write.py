@@ -409,7 +409,10 @@ class Bearer:
 
 def endpoint(url):
     """Where to ask -> (with the password it may hold, and without, for messages)."""
-    parts = urllib.parse.urlsplit(url.strip())
+    try:
+        parts = urllib.parse.urlsplit(url.strip())
+    except ValueError:  # half an IPv6 address: nobody is there
+        return url, url
     path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     shown = parts._replace(path=path, netloc=parts.netloc.rpartition("@")[2], query="")
     return parts._replace(path=path).geturl(), shown.geturl()
