@@ -269,8 +269,8 @@ line = Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **LINE
 TASKS = {"DoubleIntegrator": line}
 for row in itertools.product(AGENTS, LIDARS, (1, 2)):
     TASKS["{}{}{}".format(*row)] = navigation_task(*row)
-# A violation is seldom announced, so gamma_f is short. In so few updates |Q_r| reaches a fifth of its
-# level, so that cloning has to weigh as much more: with 5 half of Swimmer's actors left the gait.
+# A violation is seldom announced, so gamma_f is short. In so few updates |Q_r| reaches a fifth of
+# its level, so cloning has to weigh as much more: with 5 one of Swimmer's actors left the gait.
 GAIT = {"gamma_f": 0.9, "bc_weight": 20.0, "clone_updates": 1_500, "feasibility_updates": 2_500}
 GAIT |= {"updates": 2_000, "rollouts": 12_000}
 for robot, (size, actions, dt, limited, healthy) in ROBOTS.items():  # nothing stands around them
