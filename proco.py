@@ -1930,7 +1930,8 @@ def draw_report(path, agent, driven):
     v_f = agent.feasibility(state).reshape(x.shape)
     mesh = axes.pcolormesh(x, y, v_f, cmap="cividis", vmin=0, vmax=1, rasterized=True)
     axes.contour(x, y, v_f, [agent.eps], colors="white")
-    figure.colorbar(mesh, label=f"V_f at the drivers' mean speed (line: eps = {agent.eps:g})")
+    where = " at the drivers' mean speed" if task.lidars else ""
+    figure.colorbar(mesh, label=f"V_f{where} (line: eps = {agent.eps:g})")
     with whole(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
