@@ -1550,6 +1550,9 @@ def import_simulator():
     assets["textures"]["skybox"] = sky
     every_contact = MjData.contact.fget
 
+    def load(file, Loader):
+        return assets
+
     def contacts(data):  # without those with the floor (geom 0): most are, and no cost counts them
         pairs = every_contact(data)
         return [pairs[i] for i in np.flatnonzero(pairs.geom1 * pairs.geom2)]
@@ -1559,7 +1562,7 @@ def import_simulator():
         x = np.sin(data.time) * gremlins.travel
         data.mocap_pos[:] = x, np.cos(data.time) * gremlins.travel, gremlins.size
 
-    world.yaml = SimpleNamespace(load=lambda file, Loader: assets, FullLoader=None)
+    world.yaml = SimpleNamespace(load=load, FullLoader=None)
     MjData.contact = property(contacts)
     Gremlins.move = move
     return safety_gymnasium
@@ -1642,8 +1645,10 @@ def evaluate(path, cfg, cost):
     jobs = []
     for way in chosen:
         jobs += [(path, cfg.task, cost.text, way, share, share is shares[0]) for share in shares]
-    rows = sorted(itertools.chain(*in_parallel(drive, jobs)), key=itemgetter("seed"))
-    return {way: [row for row in rows if row["acting"] == way] for way in chosen}
+    driven = {way: [] for way in chosen}
+    for row in sorted(itertools.chain(*in_parallel(drive, jobs)), key=itemgetter("seed")):
+        driven[row["acting"]].append(row)
+    return driven
 
 
 def summarise(cfg, driven):
