@@ -1831,9 +1831,10 @@ def alone(folder):
 def run(cfg, resume=False):
     """A whole run, from data to results -> the content of results.json. Raises ProcoError."""
     WARNINGS.clear()
-    prepared = prepare(cfg)
-    with alone(cfg.folder):
-        return run_alone(cfg, resume, *prepared)
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it was
+        prepared = prepare(cfg)
+        with alone(cfg.folder):
+            return run_alone(cfg, resume, *prepared)
 
 
 def run_alone(cfg, resume, task, cost, device):

@@ -3229,8 +3229,10 @@ def test_same_seed_same_run_and_caller_left_alone(trained, tmp_path):
     backend = matplotlib.get_backend()
     threads = torch.get_num_threads()
     matplotlib.use("svg")
+    drawn = torch.get_rng_state()
     again = dataclasses.replace(trained, out=str(tmp_path))
     proco.run(again)
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert matplotlib.get_backend() == "svg"
     assert torch.get_num_threads() == threads
     matplotlib.use(backend)
@@ -3456,7 +3458,8 @@ def stop(argv, marker, sign):
 
 
 def test_a_run_that_is_stopped_again_and_again_equals_one_that_never_was(tmp_path):
-    cfg = quick(tmp_path / "stopped", "proco", **STOPPABLE)
+    long = {"eval_episodes": 200}  # the evaluation must not be over before the signal comes
+    cfg = quick(tmp_path / "stopped", "proco", **STOPPABLE | long)
     argv = flags(cfg)
     code, words = stop(argv, b"2 dynamics", signal.SIGINT)
     assert (code, "nothing was kept yet" in words) == (130, True)
