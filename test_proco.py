@@ -3442,7 +3442,10 @@ def stop(argv, marker, sign):
     said then. Returns when no process holds stderr any more: neither it nor a child of it."""
     command = [sys.executable, "proco.py", *argv]
     more = {"cwd": proco.HERE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    # tests that run in the background of a script inherit that Ctrl-C is ignored
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, start_new_session=True, **more)
+    signal.signal(signal.SIGINT, heeded)
     said = b""
     while marker not in said:
         piece = os.read(process.stderr.fileno(), 65_536)
@@ -3458,8 +3461,7 @@ def stop(argv, marker, sign):
 
 
 def test_a_run_that_is_stopped_again_and_again_equals_one_that_never_was(tmp_path):
-    long = {"eval_episodes": 200}  # the evaluation must not be over before the signal comes
-    cfg = quick(tmp_path / "stopped", "proco", **STOPPABLE | long)
+    cfg = quick(tmp_path / "stopped", "proco", **STOPPABLE)
     argv = flags(cfg)
     code, words = stop(argv, b"2 dynamics", signal.SIGINT)
     assert (code, "nothing was kept yet" in words) == (130, True)
