@@ -436,16 +436,17 @@ torch.set_num_threads(1)
 env = safety_gymnasium.make("SafetyCarButton1-v0")
 proco.make_env = lambda name: env
 begin = time.perf_counter()
+text = proco.load_cost("CarButton1").text
 for seed in range(int(sys.argv[2])):
-    proco.drive((sys.argv[1], "", "auto", [seed], False))
+    proco.drive((sys.argv[1], "CarButton1", text, sys.argv[3], [seed], False))
 print(time.perf_counter() - begin)
 """
 
 
-def stock_seconds(path, episodes):
+def stock_seconds(path, episodes, acting):
     """Seconds an episode of CarButton1 takes in one process with the stock simulator."""
     code = STOCK_SIMULATOR + STOCK_DRIVE
-    command = [sys.executable, "-W", "ignore", "-c", code, str(path), str(episodes)]
+    command = [sys.executable, "-W", "ignore", "-c", code, str(path), str(episodes), acting]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=proco.HERE)
     return float(done.stdout.split()[-1]) / episodes
 
@@ -458,13 +459,14 @@ def bench_driving(rounds=3, episodes=10, stock_episodes=2, method="proco"):
         acting = proco.run(cfg)["eval"]["acting"]
         path = cfg.folder / "checkpoint.pt"
         cfg = dataclasses.replace(cfg, eval_episodes=episodes, acting=acting)
+        cost = load_cost(cfg.task)
         ours = []
         stock = []
         for _ in range(rounds):
             begin = time.perf_counter()
-            proco.evaluate(path, cfg)
+            proco.evaluate(path, cfg, cost)
             ours.append((time.perf_counter() - begin) / episodes)
-            stock.append(stock_seconds(path, stock_episodes))
+            stock.append(stock_seconds(path, stock_episodes, acting))
     print(f"driving CarButton1 by {acting}, {os.cpu_count()} core(s), s an episode")
     for name, seconds in (("proco.py", ours), ("stock simulator", stock)):
         print(f"   {name:<16}" + " ".join(f"{one:.2f}" for one in seconds))
@@ -529,7 +531,7 @@ def main(argv=None):
     codes = []
     work = functools.partial(command, argv)
     hint = "the same command goes on"
-    return proco.serve("test_proco", lambda: codes.append(work()), lambda: hint) or codes[0]
+    return proco.serve("test_proco", lambda: codes.append(work()), hint) or codes[0]
 
 
 # ==== Surroundings of the tests ===================================================================
@@ -3464,7 +3466,7 @@ def test_a_run_that_is_stopped_again_and_again_equals_one_that_never_was(tmp_pat
     cfg = quick(tmp_path / "stopped", "proco", **STOPPABLE)
     argv = flags(cfg)
     code, words = stop(argv, b"2 dynamics", signal.SIGINT)
-    assert (code, "nothing was kept yet" in words) == (130, True)
+    assert (code, "--resume goes on" in words) == (130, True)
     assert not list(cfg.folder.iterdir())
     code, words = stop(argv, b"1001/1205", signal.SIGTERM)
     assert (code, "--resume goes on" in words) == (130, True)
@@ -3859,6 +3861,12 @@ def test_the_benchmark_compares_equal_updates():
     for net, n, module in sources:
         for layer, weight in zip(module[::2], net.weights):
             assert torch.allclose(layer.weight, weight[n], atol=1e-4)
+
+
+def test_the_benchmark_drives_both_simulators(capsys):
+    ratio = bench_driving(rounds=1, episodes=1, stock_episodes=1, method="bc")
+    assert ratio > 0
+    assert "times as fast" in capsys.readouterr().out
 
 
 # ==== The files of this repository ================================================================

@@ -618,7 +618,7 @@ def main(argv=None):
         else:
             raise ProcoError("it needs --url and --model (or PROCO_LLM_URL and PROCO_LLM_MODEL).")
 
-    return proco.serve("llm_costs.write", work, lambda: "nothing was written")
+    return proco.serve("llm_costs.write", work, "nothing was written")
 
 
 if __name__ == "__main__":
