@@ -6,7 +6,7 @@
 #     "h5py>=3.8", "tqdm>=4.60", "matplotlib>=3.6",
 # ]
 # [tool.uv]
-# override-dependencies = [  # the second line: pins that can't be installed and nothing imports
+# override-dependencies = [  # the last two lines: pins that can't be installed, nothing imports
 #     "gymnasium==0.28.1", "mujoco==2.3.3",
 #     "pygame; python_version < '0'", "gym; python_version < '0'", "pybullet; python_version < '0'",
 #     "bullet-safety-gym; python_version < '0'", "gymnasium-robotics; python_version < '0'",
@@ -20,10 +20,10 @@ look safe everywhere, so a learner copies the drivers and crashes a little off t
 makes up the crashes that did not happen, and learns from them where safety can still be kept:
 
     1 data          D: whole episodes without a violation, recorded or demonstrated on the spot
-    2 dynamics      a probabilistic ensemble p_i(s' | s, a) of the agent's motion: dynamics_loss
+    2 dynamics      a probabilistic ensemble p_i(s' | s, a) of the agent's motion: train_dynamics
     3 cost          words -> language model (llm_costs/write.py) -> predicate: conservative_cost
     4 roll-outs     the model makes D_cf: unsafe, infeasible and safe samples: roll_out
-    5 feasibility   Q_f, V_f = gamma_f^n if a violation in n steps is unavoidable: feasibility_loss
+    5 feasibility   Q_f, V_f = gamma_f^n if at best n more steps are safe: feasibility_loss
     6 policy        Lagrangian TD3+BC: reward where feasible, else back to safety: lagrangian_loss
     7 acting        clone, actor, filter (Q_f chooses) or plan (ours: the model looks ahead): plan
     9 evaluation    return and cost in the real simulator (8 is the training loop, 10 a whole run)
@@ -35,7 +35,8 @@ makes up the crashes that did not happen, and learns from them where safety can 
 
 Shapes: E members, B batch, H horizon, S state, A action, O observation, N things around the agent,
 K kinds of them, W own fields, M candidates, F features; k steps of a decision.
-ASSUMED: the abstract is silent. DEVIATION: we differ. FORK: a seam to cut at.
+ASSUMED: the abstract is silent. DEVIATION: we differ. FORK: a seam to cut at. Figures in comments
+are of the version that brought the line; assets/RESULTS.md has those of today.
 """
 
 import argparse
@@ -117,8 +118,10 @@ class Config:
     gamma_f: float = setting(0.97, "5 feasibility", "discount of violations, a step", 0.01, 0.9999)
     eps: float = setting(0.5, "5 feasibility", "feasible is where V_f <= eps", 0.001, 0.999)
     clone_updates: int = setting(5_000, "6 policy", "of the clone, where all begin", 1, 1e9)
-    feasibility_updates: int = setting(6_000, "6 policy", "of critics, before the actor's", 1, 1e9)
-    updates: int = setting(4_000, "6 policy", "of safety critics; half of Q_r and actor", 1, 1e9)
+    feasibility_updates: int = setting(
+        6_000, "6 policy", "of the critics, before the actor", 1, 1e9
+    )
+    updates: int = setting(4_000, "6 policy", "then, half as many of Q_r and the actor", 1, 1e9)
     batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
     hidden: int = setting(128, "6 policy", "width of both hidden layers; the model's half", 2, 1e5)
     gamma: float = setting(0.99, "6 policy", "discount of the reward, a step", 0.01, 1)
@@ -197,7 +200,9 @@ class Task:
     act_dim: int
     steps: int  # of an episode
     dt: float  # s, of a step
-    sensors: tuple  # indices of the observation that the state keeps as they are
+    # Indices of the observation that the state keeps as they are. With lidars they begin with
+    # velocity x and y, yaw rate and the compass.
+    sensors: tuple
     lidars: tuple = ()
     repeat: int = 1  # steps that a decision lasts
     saturation: tuple = ()  # of each action, beyond which it acts no more; () is 1 for all
@@ -211,7 +216,8 @@ class Task:
         self.nearest = [self.kinds.index(k) for k in range(len(self.lidars))]  # the first of each
         self.reach = torch.tensor([self.lidars[kind].reach for kind in self.kinds])  # (N,), m
         self.full = np.array(self.saturation or [1.0] * self.act_dim, np.float32)  # (A,)
-        self.moving = bool(self.things("gremlins"))  # whether things move by themselves, all alike
+        # Whether things move by themselves, all alike; then the first lidar has to be the buttons'.
+        self.moving = bool(self.things("gremlins"))
         self.own_dim = len(self.sensors) + 3 * self.moving  # velocity, and "buttons are off"
         self.state_dim = self.own_dim + 2 * len(self.kinds)
         self.aims = self.things("goal", "push_box")  # one of each: out of sight it is remembered
@@ -260,8 +266,9 @@ for agent, kind, level in itertools.product(AGENTS, KINDS, (1, 2)):  # CarButton
     # ASSUMED: velocity x, y, yaw rate and the two compass fields are the sensors that matter. The
     # accelerometer follows from them; the rest is constant or the Car's idle rear ball.
     TASKS[name] = Task(name, f"Safety{name}-v0", size, 2, steps, dt, (3, 4, 8, 9, 10), **more)
-# A violation is seldom announced, so gamma_f is short. In so few updates |Q_r| reaches a fifth of
-# its level, so cloning has to weigh as much more: with 5 one of Swimmer's actors left the gait.
+# A violation is seldom announced, so gamma_f is short. After so few updates |Q_r| is a fifth of its
+# level, so Q_r / |Q_r| pulls hard and cloning weighs more: with 5 one of Swimmer's actors left the
+# gait.
 GAIT = {"gamma_f": 0.9, "bc_weight": 20.0, "clone_updates": 1_500, "feasibility_updates": 2_500}
 GAIT |= {"updates": 2_000, "rollouts": 12_000}
 for robot, (size, actions, dt, limited, healthy) in ROBOTS.items():  # nothing stands around them
@@ -292,12 +299,12 @@ def join(own, z, task):
 
 def locate(bins, reach, count):
     """Places of a lidar's nearest things: bins (..., 16) -> x + iy in m (..., count). The largest
-    bin tells a thing's distance, its right neighbour the bearing; that is taken away; again."""
+    bin tells a thing's distance, the bin after it the bearing; that is taken away; again."""
     rest = bins
     found = []
     for _ in range(count):
         value, i = rest.max(-1, keepdim=True)
-        near = (i + torch.tensor([0, 1, -1], device=i.device)) % BINS  # itself, right, left
+        near = (i + torch.tensor([0, 1, -1], device=i.device)) % BINS  # itself, the next, the last
         share = (bins.gather(-1, near[..., 1:2]) / value.clamp(min=1e-9)).clamp(max=1)
         z = torch.polar(reach * (1 - value), (i + share) * (2 * math.pi / BINS))
         found.append(torch.where(value > 0, z, reach))
@@ -355,7 +362,7 @@ def remember(state, last, task):
         same = (moved.abs() < 0.02) & (z_last[..., mine].abs() < 2.97)
         mean = (same * moved).sum(-1) / same.sum(-1).clamp(min=1) / task.dt
         velocity = torch.complex(own_last[..., -3], own_last[..., -2]) * spin
-        # Of 0.1 to 1, 0.25 errs least against the simulator: slower lags, faster follows the lidar.
+        # Of 0.1 to 1, 0.25 errs least against the simulator: less lags, more follows the lidar.
         velocity = torch.where(same.any(-1), velocity + 0.25 * (mean - velocity), velocity)
         mine = task.things("buttons")
         # A dark lidar means "off" where buttons were seen just now, else that none is near.
@@ -520,7 +527,7 @@ def find_data(cfg):
     make = get_task(cfg.task).make
     stock = isinstance(make, str) or make is DoubleIntegrator
     demonstrated = stock and any(kind in cfg.task for kind in DEMONSTRATED)
-    if cfg.data != "demonstrator" and cfg.task != "DoubleIntegrator":
+    if cfg.data == "dsrl" or (cfg.data == "auto" and cfg.task != "DoubleIntegrator"):
         try:
             return "dsrl", fetch_dsrl(cfg.task)
         except ProcoError as error:
@@ -767,7 +774,7 @@ def train_dynamics(data, task, cfg, generator):
     model.requires_grad_(False)
     _, error = dynamics_loss(model, *(field[test] for field in fields))
     model.elites = error.argsort()[: len(model.elites)]
-    # ASSUMED: believed up to three times the 99% quantile on held-out steps, and up to 0.5.
+    # ASSUMED: believed up to three times the 99% quantile on held-out steps, at least 0.5.
     usual = model.disagreement(model.step(data["state"][test], data["action"][test]))
     model.limit = (3 * usual.quantile(0.99)).clamp(min=0.5)
     return model
@@ -835,7 +842,8 @@ def load_cost(task, path=None, text=None):
         cost = scope["cost"]
         obs = torch.rand(8, sizes.obs_dim)
         answer = cost(obs, torch.zeros(8, sizes.act_dim), obs, torch.full((8,), 0.1))
-        if answer.shape != (8,) or not set(answer.tolist()) <= {0, 1}:
+        numbers = answer.is_floating_point() and set(answer.tolist()) <= {0, 1}
+        if answer.shape != (8,) or not numbers:
             raise ValueError("it does not answer 0. or 1. for each row of a batch")
     except Exception as error:  # noqa: BLE001 (whatever a predicate raises)
         raise CostError(f"the predicate {found} fails: {type(error).__name__}: {error}") from None
@@ -858,7 +866,8 @@ def conservative_cost(agent, state, action, following):
 
 
 def danger_distance(cost, task, state, action, following):
-    """Distance of s' to danger (B,), m or m/s: the least margin that makes it unsafe; at most 1."""
+    """Distance of s' to danger (B,), m or m/s: the least margin that makes it unsafe, rounded up to
+    1/256; at most 1."""
     distance = torch.ones_like(following[..., 0])
     for n in range(1, 9):  # bisection
         nearer = distance - 0.5**n
@@ -913,13 +922,13 @@ class Agent(nn.Module):
         self.register_buffer("mean", torch.zeros(task.own_dim))  # of own fields in D
         self.register_buffer("std", torch.ones(task.own_dim))
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
-        self.register_buffer("clone_error", torch.ones(task.act_dim))  # in full, on D
-        self.register_buffer("q_scale", torch.tensor(1.0))  # |Q_r| below: its mean on a batch of D
+        self.register_buffer("clone_error", torch.ones(task.act_dim))  # squared, of in_full's, on D
+        self.register_buffer("q_scale", torch.tensor(1.0))  # |Q_r|: its mean on a batch of D
         self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
         width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
         both = width + task.act_dim
         self.actor = Mlp(width, cfg.hidden, task.act_dim)  # a = tanh(net(x))
-        self.clone = copy.deepcopy(self.actor)  # the cloned policy, as it was
+        self.clone = copy.deepcopy(self.actor)  # the cloned policy, where the actor begins
         self.q_r = Mlp(both, cfg.hidden, 1, 2)  # twin reward critics
         self.q_r_slow = copy.deepcopy(self.q_r).requires_grad_(False)  # for targets
         self.q_s = Mlp(both, cfg.hidden, 2, 2)  # twins of (Q_f, Q_c), whose targets are in [0, 1]
@@ -1054,7 +1063,7 @@ def roll_out(agent, state, generator):
 
 
 # ==== 5. Feasibility: which states and actions still allow safety =================================
-# V_f(s) = gamma_f^n if even the safest policy violates after n steps, and 0 if some policy never
+# V_f(s) = gamma_f^n if even the safest policy violates after n safe steps, 0 if some policy never
 # violates. A state is called feasible where V_f <= eps: 0.97^n <= 0.5 is more than 22 steps ahead.
 
 
@@ -1067,8 +1076,8 @@ def feasibility_loss(agent, rows):
         Q_c(s, a) <- (1 - gamma_f) sum_j gamma_f^j c^_j + gamma_f^k (1 - end) V_c(s')
 
     (Fisac et al. 2019; Zheng et al. 2024.) # DEVIATION: FISOR's V is a low expectile over actions
-    in the data; D_cf holds all kinds of them, so Q is known over the box. Outputs are linear and
-    targets clamped to [0, 1]: a sigmoid that starts low hardly ever rises."""
+    in the data; D_cf holds all kinds of them, so Q is known over the box. Targets ask Q itself, not
+    a slow copy. Outputs are linear and targets clamped to [0, 1]: a sigmoid hardly ever rises."""
     gamma_f = agent.cfg.gamma_f
     with torch.no_grad():
         k = rows["cost"].shape[-1]
@@ -1210,7 +1219,7 @@ def ways(task, cfg):
     if task.lidars:
         return ["clone", "actor", "filter", "plan"]
     # No plan without lidars: a robot that holds one action soon leaves the states in D. Nor is the
-    # filter the default: one action that Q_f chooses can break a gait (Swimmer: 15 instead of 26).
+    # filter the default: one action that Q_f chooses can break a gait (Swimmer: 15, not 26).
     return ["clone", "filter", "actor"]
 
 
@@ -1229,7 +1238,8 @@ def plan(agent, state):
         - 100 * 0.9^t (c + d + 0.1 [V_f > eps])
         + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached before, what that is worth
 
-    |.|^2 in units of the clone's own error on D; c: the predicate with the margin, d: with -2 cm.
+    |.|^2 in units of the clone's own error on D; c: the predicate with the margin, d: with -2 cm,
+    both where the best elite ends each decision.
     # DEVIATION: the abstract names no planner. But steering around a hazard is no smooth function
     of a state: our actors drove over it or stopped before it."""
     task = agent.task
@@ -1553,7 +1563,8 @@ def in_parallel(function, jobs):
     try:
         yield from pool.map(function, jobs)
     except BrokenProcessPool:
-        raise ProcoError("a worker process ended by itself; is there too little memory?") from None
+        why = "is there too little memory, or has your script no `if __name__ == '__main__':`?"
+        raise ProcoError(f"a worker process ended by itself; {why}") from None
     finally:
         for child in set(multiprocessing.active_children()).difference(others):
             child.kill()
@@ -1576,6 +1587,7 @@ def drive(job):
     agent = load_run(path, cost=load_cost(task, text=text))
     policy = agent.start(seeds, acting)
     envs = [make_env(agent.task.name) for _ in seeds]
+    stock = agent.task.lidars and isinstance(agent.task.make, str)  # it tells where the agent is
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     steps = [[] for _ in seeds]
     going = set(range(len(envs)))
@@ -1585,7 +1597,7 @@ def drive(job):
             bar.update()
             for n in sorted(going):
                 obs[n], reward, cost, terminated, truncated, _ = envs[n].step(actions[n])
-                at = envs[n].unwrapped.task.agent.pos[:2] if agent.task.lidars else (0, 0)
+                at = envs[n].unwrapped.task.agent.pos[:2] if stock else (0, 0)
                 steps[n].append((float(reward), float(cost), complex(*at), cost > 0))
                 if terminated or truncated:
                     going.remove(n)
@@ -1855,7 +1867,7 @@ def draw_report(path, agent, driven):
     from matplotlib.figure import Figure
 
     task = agent.task
-    seen = task.lidars or task.name == "DoubleIntegrator"
+    seen = task.lidars and isinstance(task.make, str) or task.name == "DoubleIntegrator"
     if not seen or agent.cfg.algorithm in ("bc", "td3bc"):  # these learn no V_f
         return
     figure = Figure(figsize=(7, 6), layout="constrained")

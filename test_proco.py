@@ -1145,6 +1145,7 @@ class Exact(Dynamics):
     "body, why",
     [
         ("return next_obs[..., 0]", "0. or 1."),
+        ("return next_obs[..., 3] > 1", "0. or 1."),  # sums of these are no numbers
         ("return obs[..., 99]", "IndexError"),
         ("return (next_obs[..., 3] > 1).float()", None),
     ],
@@ -2942,6 +2943,9 @@ def test_where_data_come_from(monkeypatch, capsys):
     monkeypatch.setattr(proco, "dsrl_infos", dict)
     with pytest.raises(ProcoError, match="dsrl is not installed"):
         proco.find_data(Config(task="PointGoal1", data="dsrl"))
+    monkeypatch.setattr(proco, "dsrl_infos", lambda: {"DATASET_URLS": urls})
+    with pytest.raises(ProcoError, match="DSRL has none of DoubleIntegrator"):
+        proco.find_data(Config(task="DoubleIntegrator", data="dsrl"))
 
 
 # ==== Downloads, from a server on this machine ====================================================
