@@ -1394,6 +1394,7 @@ def begin_training(cfg, task, data, cost, saved=None):
         if any(saved[key] != kept[key] for key in ("versions", "device")):
             warn(f"begun with {saved['versions']} on {saved['device']}: numbers differ a little")
         kept = {key: saved[key] for key in kept} | {"warnings": WARNINGS}
+        kept["versions"]["mujoco"] = versions()["mujoco"]  # what is driven is driven here
     agent = Agent(task, cfg, model, cost, kept["margin"]).to(data["state"].device)
     own = data["state"][:, : task.own_dim]
     agent.mean = own.mean(0)
