@@ -118,9 +118,7 @@ class Config:
     gamma_f: float = setting(0.97, "5 feasibility", "discount of violations, a step", 0.01, 0.9999)
     eps: float = setting(0.5, "5 feasibility", "feasible is where V_f <= eps", 0.001, 0.999)
     clone_updates: int = setting(5_000, "6 policy", "of the clone, where all begin", 1, 1e9)
-    feasibility_updates: int = setting(
-        6_000, "6 policy", "of the critics, before the actor", 1, 1e9
-    )
+    feasibility_updates: int = setting(6_000, "6 policy", "of critics, before the actor", 1, 1e9)
     updates: int = setting(4_000, "6 policy", "then, half as many of Q_r and the actor", 1, 1e9)
     batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
     hidden: int = setting(128, "6 policy", "width of both hidden layers; the model's half", 2, 1e5)
@@ -1650,7 +1648,7 @@ def print_scores(title, scores):
 
 # ==== 10. A run: from data to results =============================================================
 
-FORMAT = 14  # of checkpoints, to be raised when older ones can't be read
+FORMAT = 15  # of checkpoints, to be raised when older ones can't be read
 WARNINGS = []  # where the program went another way than the reader may expect
 EVALUATION = ("acting", "eval_episodes", "eval_seed")
 HARMLESS = ("settings", "out", "device", "cost", *EVALUATION)  # not compared
