@@ -642,12 +642,14 @@ class Mlp(nn.Module):
             self.weights.append(torch.empty(members, m, n).uniform_(-bound, bound))
             self.biases.append(torch.empty(members, m, 1).uniform_(-bound, bound))
 
-    def forward(self, x, members=slice(None)):
+    def forward(self, x, members=None):
         x = x.mT  # the batch last: products of few rows are fast, of few columns slow
         for n, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            weight = weight[members]
-            x = x.relu() if n else x.expand(len(weight), *x.shape[-2:])
-            x = torch.baddbmm(bias[members], weight, x)  # (E, out, B)
+            if members is not None:  # a slice of all would be copied back in each backward pass
+                weight = weight[members]
+                bias = bias[members]
+            x = x.relu_() if n else x.expand(len(weight), *x.shape[-2:])
+            x = torch.baddbmm(bias, weight, x)  # (E, out, B)
         return x.mT
 
 
@@ -667,7 +669,7 @@ class Dynamics(nn.Module):
         self.register_buffer("limit", torch.tensor(math.inf))
         self.register_buffer("closest", torch.zeros(len(task.lidars), BINS))
 
-    def forward(self, own, action, members=slice(None)):
+    def forward(self, own, action, members=None):
         """own (B, W), action (B, A) -> mean, log-variance (E, B, W) of its standardised change."""
         x = torch.cat([(own - self.mean) / self.std, action.expand(*own.shape[:-1], -1)], -1)
         mean, spread = self.net(x, members).chunk(2, -1)
