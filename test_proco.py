@@ -1080,6 +1080,21 @@ def test_disagreement_is_in_usual_changes_and_of_the_worst_field():
     close(model.disagreement(apart), [1, 0.25, 1], atol=1e-5)
 
 
+def test_what_jumps_is_what_moves_faster_than_anything_can():
+    """The goal of PointGoal1, the first of its three kinds: 5 cm a step is the limit."""
+    task = TASKS["PointGoal1"]
+    own = torch.zeros(5, task.own_dim)
+    z = torch.full((5, len(task.kinds)), 2.0, dtype=torch.cfloat)
+    there = z.clone()
+    z[:, 0] = torch.tensor([0.3, 0.3, 0.3, 3.0, 1.0])  # at 3 m it is out of sight
+    there[:, 0] = torch.tensor([0.26, 0.2, 1.5, 1.0, 1.09j])
+    jump = proco.jumped(join(own, z, task), join(own, there, task), task)
+    assert jump[:, 0].tolist() == [False, True, True, False, True]
+    assert not jump[:, 1:].any()
+    jump = proco.jumped(join(own, z, task), join(own, there, task), task, steps=3)
+    assert jump[:, 0].tolist() == [False, False, True, False, False]
+
+
 def test_what_was_reached_is_told_from_what_jumps_anywhere():
     """A goal is redrawn at 0.3 m ahead and 0.4 m behind; gremlins jump as an episode begins, which
     is far from the agent."""
@@ -1230,6 +1245,38 @@ def test_the_margin_covers_the_models_error():
     close(proco.model_margin(model, cost, data), 0.99 * 0.08, atol=0.006)
     data["distance"] = data["distance"] + 1  # nothing is near danger
     assert proco.model_margin(model, cost, data) == 0.05
+
+
+def test_the_dynamics_loss_is_beta_nll():
+    """Where the network says mean 0 and log-variance s, each field counts exp(s/2) (e^2/exp(s)+s)
+    of its error e in usual changes."""
+    model = Dynamics(DI, small(ensemble=1))
+    for weight in model.net.parameters():
+        weight.data.zero_()
+    model.change = torch.tensor([0.5, 2.0])
+    own = torch.zeros(1, 2)
+    loss, error = proco.dynamics_loss(model, own, torch.zeros(1, 1), torch.tensor([[1.0, 1.0]]))
+    spread = -12 + math.log1p(math.exp(14 - math.log1p(math.exp(2))))
+    parts = [math.exp(spread / 2) * (e**2 / math.exp(spread) + spread) for e in (2.0, 0.5)]
+    close(loss.detach(), [sum(parts) / 2])
+    close(error.detach(), [(2 + 0.5) / 2])
+
+
+def test_an_update_moves_its_own_networks_alone_at_a_share_of_the_rate():
+    mine = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    other = torch.nn.Parameter(torch.tensor(3.0))
+    proco.descend(proco.adam([mine], 1e-2), (other * mine.square()).sum(), 0.5)
+    close(mine.detach(), [1 - 0.005, -2 + 0.005])  # Adam's first step is the rate
+    assert other.grad is None
+
+
+def test_distances_to_danger_are_those_to_the_wall_rounded_up():
+    x = torch.tensor([0.0, 0.5, 0.7001, 0.999, 1.0, 1.2, -3.0])
+    state = torch.stack([x, torch.zeros(7)], -1)
+    cost = proco.load_cost("DoubleIntegrator")
+    distance = proco.danger_distance(cost, DI, state, torch.zeros(7, 1), state)
+    wanted = torch.tensor([1, 0.5, 77 / 256, 1 / 256, 0, 0, 1])
+    assert torch.equal(distance, wanted)
 
 
 # ==== 4. Counterfactual roll-outs =================================================================
@@ -1669,6 +1716,15 @@ def test_fisors_loss_by_hand():
     # what the driver did may be infeasible
     give(agent, q_f=lambda x, v, a: 0.6, q_c=lambda x, v, a: 0.4)
     close(proco.actor_loss(agent, rows)[0], back / 2, rtol=1e-5)
+
+
+def test_cpqs_loss_by_hand():
+    """The limit of Q_c is 0.1: the row above it is only cloned, the other climbs the reward, too."""
+    agent = newborn(method="cpq", bc_weight=3.0)
+    give(agent, q_r=lambda x, v, a: 4.0, q_c=lambda x, v, a: 0.05 + 0.1 * x)
+    rows = rows_of(torch.tensor([[0.0, 0], [1, 0]]), torch.full((2, 1), 0.5))
+    clone = 2 * 3 * 0.5**2
+    close(proco.actor_loss(agent, rows)[0], (-4 / 4 + clone + clone) / 2)
 
 
 def test_counterfactual_rows_are_cloned_at_half_the_weight():
