@@ -1719,7 +1719,7 @@ def test_fisors_loss_by_hand():
 
 
 def test_cpqs_loss_by_hand():
-    """The limit of Q_c is 0.1: the row above it is only cloned, the other climbs the reward, too."""
+    """The limit of Q_c is 0.1: above it a row is only cloned, below it climbs the reward."""
     agent = newborn(method="cpq", bc_weight=3.0)
     give(agent, q_r=lambda x, v, a: 4.0, q_c=lambda x, v, a: 0.05 + 0.1 * x)
     rows = rows_of(torch.tensor([[0.0, 0], [1, 0]]), torch.full((2, 1), 0.5))
