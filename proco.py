@@ -119,7 +119,7 @@ class Config:
     eps: float = setting(0.5, "5 feasibility", "feasible is where V_f <= eps", 0.001, 0.999)
     clone_updates: int = setting(5_000, "6 policy", "of the clone, where all begin", 1, 1e9)
     feasibility_updates: int = setting(6_000, "6 policy", "of critics, before the actor", 1, 1e9)
-    updates: int = setting(4_000, "6 policy", "then, half as many of Q_r and the actor", 1, 1e9)
+    updates: int = setting(4_000, "6 policy", "then, half as many of the actor", 1, 1e9)
     batch: int = setting(256, "6 policy", "decisions of D, and of D_cf, in an update", 2, 1e6)
     hidden: int = setting(128, "6 policy", "width of both hidden layers; the model's half", 2, 1e5)
     gamma: float = setting(0.99, "6 policy", "discount of the reward, a step", 0.01, 1)
@@ -297,7 +297,7 @@ def join(own, z, task):
 
 def locate(bins, reach, count):
     """Places of a lidar's nearest things: bins (..., 16) -> x + iy in m (..., count). The largest
-    bin tells a thing's distance, the bin after it the bearing; that is taken away; again."""
+    bin tells a thing's distance, the bin after it the bearing; its bins are removed, and so on."""
     rest = bins
     found = []
     for _ in range(count):
@@ -354,18 +354,18 @@ def remember(state, last, task):
     spin, way = own_motion(own_last, own, task)
     still = (z_last - way[..., None]) * spin[..., None]  # where what stands still is seen now
     if task.moving:
-        mine = task.things("gremlins")
-        moved = z[..., None, mine] - still[..., mine, None]  # (..., G, G) of G gremlins: last, now
+        gremlins = task.things("gremlins")
+        moved = z[..., None, gremlins] - still[..., gremlins, None]  # (..., G, G): last, now
         moved = moved.gather(-1, moved.abs().argmin(-1, keepdim=True))[..., 0]
-        same = (moved.abs() < 0.02) & (z_last[..., mine].abs() < 2.97)
+        same = (moved.abs() < 0.02) & (z_last[..., gremlins].abs() < 2.97)
         mean = (same * moved).sum(-1) / same.sum(-1).clamp(min=1) / task.dt
         velocity = torch.complex(own_last[..., -3], own_last[..., -2]) * spin
         # Of 0.1 to 1, 0.25 errs least against the simulator: less lags, more follows the lidar.
         velocity = torch.where(same.any(-1), velocity + 0.25 * (mean - velocity), velocity)
-        mine = task.things("buttons")
+        buttons = task.things("buttons")
         # A dark lidar means "off" where buttons were seen just now, else that none is near.
-        off = own[..., -1:] * (still[..., mine].abs().amin(-1, keepdim=True) < 2.9)
-        z[..., mine] = torch.where(off > 0.5, still[..., mine], z[..., mine])
+        off = own[..., -1:] * (still[..., buttons].abs().amin(-1, keepdim=True) < 2.9)
+        z[..., buttons] = torch.where(off > 0.5, still[..., buttons], z[..., buttons])
         own = torch.cat([own[..., :-3], torch.view_as_real(velocity), off], -1)
     # What vanished from near by was reached and drawn anew. What left at the lidar's edge is there.
     gone = (z.abs() > 0.999 * task.reach) & (z_last.abs() > task.reach - 0.2)
@@ -491,7 +491,7 @@ def fetch_dsrl(task, cache_dir=None, base_url=None):
 def collect_episode(job):
     """An episode of a new demonstrator: (task's name, seed) -> {key: (T, .)} as DSRL's, float32."""
     name, seed = job
-    # Data start up to 6 m away: from 3 m nobody who brakes in time reaches 2 m/s.
+    # Data start up to 7 m before the wall: from 4 m nobody who brakes in time reaches 2 m/s.
     env = DoubleIntegrator(far=6.0) if name == "DoubleIntegrator" else make_env(name)
     following, _ = env.reset(seed=seed)
     # the style is drawn apart from the start, which has the seed alone
@@ -507,7 +507,8 @@ def collect_episode(job):
 
 def demonstrate(name, episodes):
     """The path of a file with so many episodes of the demonstrator, driven if it is not there."""
-    path = CACHE / "demonstrator" / f"{name}-v3-{episodes}.hdf5"  # v3: of the demonstrator
+    mujoco = versions()["mujoco"]  # another one drives other paths; v3: of the demonstrator
+    path = CACHE / "demonstrator" / f"{name}-v3-{episodes}-mujoco{mujoco}.hdf5"
     if not os.path.exists(path):
         writable(path.parent, "PROCO_CACHE")
         driven = in_parallel(collect_episode, [(name, seed) for seed in range(episodes)])
@@ -534,6 +535,8 @@ def find_data(cfg):
             warn(f"{error}. So the scripted demonstrator makes the data")
     if not demonstrated:
         raise ProcoError(f"{cfg.task} has no demonstrator; give --data dsrl, or a file")
+    if cfg.eval_seed < cfg.driver_episodes:
+        warn(f"evaluation from episode {cfg.eval_seed} on drives layouts that the data show")
     return "demonstrator", demonstrate(cfg.task, cfg.driver_episodes)
 
 
@@ -612,8 +615,8 @@ def to_device(arrays, task, cost, device):
 
 def decisions(data, task, gamma, margin=None):
     """D in decisions, all stretches of k = task.repeat steps within an episode -> {key: (B, .)};
-    the cost (B, k) of their steps: with a margin the predicate's at the recorded s', else as
-    recorded. # ASSUMED: the action is their mean, though who decides holds one."""
+    the cost (B, k) of their steps: with a margin the predicate's at the recorded s' (by `distance`,
+    so up to 1/256 short of it), else as recorded. # ASSUMED: the action is their mean."""
     k = task.repeat
     episode = data["episode"]
     first = (episode[k - 1 :] == episode[: len(episode) - k + 1]).nonzero()[:, 0]
@@ -681,7 +684,7 @@ class Dynamics(nn.Module):
         task = self.task
         members = self.elites if members is None else members
         own, z = split(state, task)  # (B, W), (B, N); with members they become (E, B, .)
-        # What no lidar shows stands nowhere and stays there; but an aim is remembered.
+        # Places with nothing in them stay at (reach, 0); but an aim is remembered.
         hidden = z.abs() > 0.999 * task.reach.to(z.device)
         hidden[..., task.aims] = False
         unseen = z
@@ -721,8 +724,9 @@ def jumped(state, following, task, steps=1):
 
 
 def redrawn_within(state, following, task):
-    """The least distance in D of things that jump to a new place when they are reached: (K, 16), m,
-    for each kind and side (a Car presses a button at 0.21 to 0.31 m); 0 for kinds that don't."""
+    """The least distance in D of things that jump to a new place when they are reached, less 1 cm:
+    (K, 16), m, for each kind and side (a side with few jumps: for all sides; a Car presses a button
+    at 0.21 to 0.31 m); 0 for kinds that don't jump."""
     z = split(state, task)[1][..., task.nearest]  # (B, K)
     jump = jumped(state, following, task)
     closest = torch.zeros(z.shape[-1], BINS, device=z.device)
@@ -747,13 +751,13 @@ def dynamics_loss(model, own, action, following):
 
 def train_dynamics(data, task, cfg, generator):
     """Fits the ensemble; the held-out episodes choose the elites -> Dynamics. # DEVIATION: no early
-    stopping; a rate that falls to nothing does as well."""
+    stopping; a rate that falls, in the end to a twentieth, does as well."""
     device = data["state"].device
     shuffle = functools.partial(torch.randperm, generator=generator, device=device)
     model = Dynamics(task, cfg).to(device)
     own, following = (data[key][:, : task.own_dim] for key in ("state", "next_state"))
     model.mean = own.mean(0)
-    model.std = own.std(0).clamp(min=1e-5)  # what is constant says nothing
+    model.std = own.std(0).clamp(min=1e-5)  # of constant fields, too
     model.change = (following - own).std(0).clamp(min=1e-6)
     # ASSUMED: a roll-out may leave the record by half its range. With a twentieth, the double
     # integrator's model braked at speeds above the recorded as if they were recorded.
@@ -782,9 +786,9 @@ def train_dynamics(data, task, cfg, generator):
 
 @torch.no_grad()
 def dynamics_report(model, data):
-    """Prints and returns how wrong the best elite is on held-out episodes, {block: {"r2" of a
-    step's change, "error" after 1, 5, 10, 15 steps, root mean square, "nothing_changes": the
-    start's}}: of the nearest thing's distance, m; of sensors, in usual changes of a step."""
+    """Prints and returns how wrong the best elite is on held-out episodes (they chose it), {block:
+    {"r2" of a step's change, "error" after 1, 5, 10, 15 steps, root mean square, "nothing_changes":
+    the start's}}: of the nearest thing's distance, m; of sensors, in usual changes of a step."""
     task = model.task
 
     def blocks(state):
@@ -1040,7 +1044,7 @@ def roll_out(agent, state, generator):
     since = torch.zeros(len(state), device=state.device)  # steps since the first violation
     table = []
     for _ in range(max(1, agent.cfg.horizon // task.repeat)):
-        renew = uniform(len(state), 1) < 0.15  # not so often that it averages out
+        renew = uniform(len(state), 1) < 0.15  # rarely: held actions must not average out
         held = torch.where(renew, 2 * uniform(shape) - 1, held)
         noise = 0.3 * torch.randn(shape, generator=generator, device=held.device)
         action = behave(agent, state, held, noise)
@@ -1057,7 +1061,7 @@ def roll_out(agent, state, generator):
         table.append((begin, action, state, costs, over.float(), alive))
         since = since + task.repeat * ((since > 0) | (costs > 0).any(-1))
         alive = alive & ~over & (since <= LINGER)
-    *columns, known = (torch.stack(column) for column in zip(*table))  # (H, B, .)
+    *columns, known = (torch.stack(column) for column in zip(*table))  # (H / k, B, .)
     names = ("state", "action", "next_state", "cost", "done")
     return {name: column[known] for name, column in zip(names, columns)}
 
@@ -1089,7 +1093,7 @@ def feasibility_loss(agent, rows):
         q_c = (1 - gamma_f) * cost.sum(-1) + later[:, 1]
         target = torch.stack([q_f, q_c], -1)
     q = agent.q_s(torch.cat([rows["x"], rows["action"]], -1))  # (2, B, 2)
-    v = agent.v_s(rows["next_x"])[0]
+    v = agent.v_s(rows["next_x"])[0]  # ASSUMED: at s' alone, where the least is computed anyway
     return 2 * (q - target).square().mean() + (v - least).square().mean()
 
 
@@ -1114,7 +1118,7 @@ def with_counterfactuals(agent, rows, cf):
 
 def reward_critic_loss(agent, d, generator):
     """TD3's twin critics (Fujimoto et al. 2018) on rows of D, with smoothed target actions; CPQ
-    counts what follows only where the next action's Q_c is within its limit (Xu et al. 2022).
+    counts what follows only where the actor's Q_c there is within its limit (Xu et al. 2022).
     # DEVIATION: the actor has no slow copy, since cloning holds it still."""
     gamma = agent.cfg.gamma**agent.task.repeat
     with torch.no_grad():
@@ -1125,7 +1129,7 @@ def reward_critic_loss(agent, d, generator):
         if agent.cfg.algorithm == "cpq":
             worth = worth * (agent.danger(d["next_x"], proposal)[:, 1] <= CPQ_LIMIT)
         target = d["reward"] + gamma * (1 - d["done"]) * worth
-        # What a decision is worth in which a goal is reached and redrawn: a plan ends there.
+        # What a decision is worth that reaches a goal, which is then redrawn: a plan ends there.
         gap = (target - agent.reached) * d["anew"]
         agent.reached += 0.01 * gap.sum() / d["anew"].sum().clamp(min=1)
     q_r = agent.q_r(torch.cat([d["x"], d["action"]], -1))[..., 0]  # (2, B)
@@ -1161,9 +1165,10 @@ def lagrangian_loss(agent, x, pi, td3bc):
         feasible states:    -Q_r / |Q_r| + 2 bc_weight (pi - a)^2 + lambda max(Q_f(s, pi) - eps, 0)
         infeasible states:  20 Q_c(s, pi), the way back
 
+    a: the driver's action; in D_cf the clone's, and its term counts half.
     # ASSUMED: the constraint is a hinge. With Q_f - eps itself the many states that satisfy it
     pay for the few that break it, and lambda fell to zero."""
-    q_f, q_c = agent.q_s(torch.cat([x, pi], -1)).amax(0).unbind(-1)
+    q_f, q_c = agent.danger(x, pi).unbind(-1)
     feasible = agent.v_s(x)[0, :, 0].detach() <= agent.eps
     violation = (q_f - agent.eps).clamp(min=0)
     loss = torch.where(feasible, td3bc + agent.log_lam.exp() * violation, 20 * q_c).mean()
@@ -1173,7 +1178,8 @@ def lagrangian_loss(agent, x, pi, td3bc):
 def fisor_loss(agent, rows, pi, clone):
     """FISOR (Zheng et al. 2024): regression on actions weighted by exp of their advantage.
 
-        feasible:    exp(3 A_r) 1[Q_f(s, b) <= eps] (pi - b)^2, A_r = (Q_r(b) - Q_r(pi)) / |Q_r|
+        feasible:    trust exp(3 A_r) 1[Q_f(s, b) <= eps] (pi - b)^2
+                     with A_r = (Q_r(b) - Q_r(pi)) / |Q_r|
         infeasible:  exp(20 (V_c(s) - Q_c(s, a))) (pi - a)^2
 
     a: the row's action; b: the driver's, in D_cf the clone's; weights are at most 20. # DEVIATION:
@@ -1198,7 +1204,7 @@ def cpq_loss(agent, x, pi, td3bc, clone):
 
 def cpq_penalty(agent, d, generator):
     """CPQ pushes up Q_c of actions that nobody takes. # DEVIATION: it measures that by an
-    auto-encoder, we by distance: nearer than 1 lie actions that drivers take in the same place."""
+    auto-encoder, we by distance: drivers' actions in one place are nearer than 1, mean square."""
     action = torch.empty_like(d["action"]).uniform_(-1, 1, generator=generator)
     unusual = ((action - d["action"]).square().mean(-1) > 1).float()
     q_c = agent.q_s(torch.cat([d["x"], action], -1))[..., 1]  # (2, B)
@@ -1209,7 +1215,7 @@ def cpq_penalty(agent, d, generator):
 
 HOLD = (1, 3, 5, 8)  # decisions for which a plan holds its first action; then the actor drives
 LOOK_AHEAD = 14  # decisions that a plan lasts; with 8, waiting moved danger behind the horizon
-PRICE = 100.0  # of an unsafe state on a plan's way; a tenth of it for one that V_f calls infeasible
+PRICE = 100.0  # of c and of d in a state of a plan (below), a tenth of it where V_f > eps
 
 
 def ways(task, cfg):
@@ -1238,8 +1244,8 @@ def plan(agent, state):
         - 100 * 0.9^t (c + d + 0.1 [V_f > eps])
         + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached before, what that is worth
 
-    |.|^2 in units of the clone's own error on D; c: the predicate with the margin, d: with -2 cm,
-    both where the best elite ends each decision.
+    |.|^2: the mean over A, in units of the clone's own error on D; clone: in_full; c: the predicate
+    with the margin, d: with -2 cm, both where the best elite ends each decision.
     # DEVIATION: the abstract names no planner. But steering around a hazard is no smooth function
     of a state: our actors drove over it or stopped before it."""
     task = agent.task
@@ -1264,7 +1270,7 @@ def plan(agent, state):
         going = agent.model.foreseen(there)  # else a goal is reached
         earned = torch.where(going, 0, agent.reached) - lost
         score = score + weight * (earned / agent.q_scale - agent.cfg.plan_clone * away.mean(-1))
-        weight = weight * agent.cfg.gamma**task.repeat * going  # danger counts behind a goal, too
+        weight = weight * agent.cfg.gamma**task.repeat * going  # danger counts for ever
         x = agent.features(there)
         unsafe = judge(agent.cost, task, here, action, there, agent.margin)
         # The model knows no contact: it would press on through a button that stands in its way.
@@ -1287,7 +1293,7 @@ class Policy:
         if self.acting not in known:
             raise ProcoError(f"this agent does not act by {acting}, but by {', '.join(known)}")
         self.last = None  # states a step ago
-        self.age = 0  # steps
+        self.age = 0  # steps driven so far
 
     @torch.inference_mode()
     def act(self, obs):
@@ -1878,10 +1884,11 @@ def draw_report(path, agent, driven):
     if task.lidars:
         env = make_env(task.name)
         first, *_, last = [*driven, *driven]
-        episode = driven[last][0]
-        own, z = split(encode(env.reset(seed=episode["seed"])[0], task), task)
-        moved = torch.as_tensor((x + 1j * y - episode["path"][0]).ravel(), dtype=torch.cfloat)
-        z = z - (moved / (-2 * torch.complex(own[4], own[3])))[:, None]
+        own, z = split(encode(env.reset(seed=driven[last][0]["seed"])[0], task), task)
+        moved = x + 1j * y - env.unwrapped.task.agent.pos[:2] @ [1, 1j]
+        moved = torch.as_tensor(moved.ravel(), dtype=torch.cfloat)[:, None]
+        seen = z.abs() < 0.999 * task.reach  # else there is nothing
+        z = torch.where(seen, z - moved / (-2 * torch.complex(own[4], own[3])), z)
         own = torch.cat([agent.mean[:3].cpu(), own[3:]])  # moving as drivers do on average
         state = join(own.expand(len(z), -1), z, task)
         for way, colour in {first: "tab:red", last: "white"}.items():
@@ -1891,7 +1898,7 @@ def draw_report(path, agent, driven):
             axes.plot(hits.real, hits.imag, "x", color=colour, label=f"{way}: {len(hits)} x")
         axes.legend(facecolor="0.5")
     else:
-        state = torch.as_tensor(np.stack([x.ravel(), y.ravel()], -1), dtype=torch.float32)
+        state = np.stack([x.ravel(), y.ravel()], -1).astype(np.float32)
         axes.contour(x, y, double_integrator_infeasible(x, y), [0.5], linestyles="--")
         axes.set(ylabel="speed, m/s (dashed: closed form)")
     v_f = agent.feasibility(state).reshape(x.shape)
