@@ -249,9 +249,9 @@ def draw_comparison(path, rows):
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    columns = min(len(tasks), 3)
+    columns = min(len(tasks), 5)
     lines = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(1 + 3.5 * columns, 3.2 * lines), layout="constrained")
+    figure = Figure(figsize=(1 + 2.2 * columns, 0.5 + 2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, task in zip(panels, tasks):
@@ -264,8 +264,10 @@ def draw_comparison(path, rows):
                 high = row[f"{name}_high"] - row[name]
                 bars[axis] = [[max(low, 0)], [max(high, 0)]]
             axes.errorbar(row["cost"], row["return"], fmt="o", label=row["method"], **bars)
-        axes.set(title=task, xlabel="cost of an episode", ylabel="return")
-    panels[0].legend()
+        axes.set(title=task, xlabel="cost", ylabel="return")
+        axes.plot(0, 0, alpha=0)  # both axes hold 0, so that no difference looks larger
+        axes.margins(0.1)
+    panels[0].legend(loc="lower right")
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
     with proco.whole(path) as file:
@@ -3005,6 +3007,8 @@ def test_where_data_come_from(monkeypatch, capsys):
     source, made = proco.find_data(Config(task="PointGoal1"))
     assert (source, made) == ("demonstrator", ("PointGoal1", 50))
     assert "demonstrator makes the data" in capsys.readouterr().err  # loudly
+    proco.find_data(Config(task="PointGoal1", data="demonstrator", eval_seed=49))
+    assert "layouts that the data show" in capsys.readouterr().err
     assert proco.find_data(quick("out", data="~/x.hdf5"))[1] == Path("~/x.hdf5").expanduser()
     for cfg in (Config(task="PointPush1"), Config(task="PointGoal1", data="dsrl")):
         with pytest.raises(ProcoError, match="ConnectionError"):
