@@ -136,6 +136,8 @@ class Config:
             about = field.metadata
             if getattr(self, field.name) is None:
                 setattr(self, field.name, own.get(field.name, about["default"]))
+            if isinstance(about["default"], str):
+                setattr(self, field.name, str(getattr(self, field.name)))  # it may be a Path
             value = getattr(self, field.name)
             odd = about["low"] is not None and not about["low"] <= value <= about["high"]
             if odd and value != about["default"]:
@@ -209,6 +211,10 @@ class Task:
     settings: dict = dataclasses.field(default_factory=dict)  # its own defaults of Config
 
     def __post_init__(self):
+        unknown = set(self.settings).difference(field.name for field in dataclasses.fields(Config))
+        if unknown or self.repeat < 1 or not 0 <= max(self.sensors) < self.obs_dim:
+            why = f"unknown settings {sorted(unknown)}, no repeat or a sensor beyond obs_dim"
+            raise ProcoError(f"the task {self.name} has {why}")
         # The kind of each of the N things that the state holds, as the index of its lidar.
         self.kinds = [k for k, lidar in enumerate(self.lidars) for _ in range(lidar.count)]
         self.nearest = [self.kinds.index(k) for k in range(len(self.lidars))]  # the first of each
@@ -576,9 +582,10 @@ def load_data(path, task, max_episode_cost=0.0):
     safe[len(ends) :] = False  # what follows the last end is no whole episode
     rows = np.flatnonzero(safe[episode])
     episode = np.unique(episode[rows], return_inverse=True)[1]
-    if safe.sum() < 2 or len(rows) < 100 or np.bincount(episode).max() < 16:
+    length = max(16, task.repeat)
+    if safe.sum() < 2 or len(rows) < 100 or np.bincount(episode).max() < length:
         found = f"{safe.sum()} of {len(ends)} episodes in {path}, {len(rows)} steps"
-        need = "2 episodes, one of 16 steps, 100 in all are needed; see --max-episode-cost"
+        need = f"2 episodes, one of {length} steps, 100 in all are needed; see --max-episode-cost"
         raise ProcoError(f"{found}, have at most {max_episode_cost:g} violations: too few, {need}")
     arrays = {key: field[rows] for key, field in fields.items()}
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values()))
@@ -610,6 +617,9 @@ def to_device(arrays, task, cost, device):
     data = {key: torch.as_tensor(value, device=device) for key, value in data.items()}
     parts = zip(*(data[key].split(65_536) for key in ("state", "action", "next_state")))
     data["distance"] = torch.cat([danger_distance(cost, task, *part) for part in parts])
+    alarms = ((data["distance"] == 0) & (data["cost"] == 0)).float().mean()
+    if alarms > 0.05:
+        warn(f"the predicate calls {alarms:.0%} of the steps unsafe that are recorded as safe")
     return data
 
 
@@ -798,6 +808,8 @@ def dynamics_report(model, data):
 
     within = data["held_out"][:-15] & (data["episode"][:-15] == data["episode"][15:])
     rows = within.nonzero()[::7, 0]
+    if not len(rows):
+        warn("no held-out episode has 16 steps: nothing says how wrong the model is")
     state = data["state"][rows]
     start = blocks(state)
     report = {name: {"r2": None, "error": [], "nothing_changes": []} for name in start}
@@ -849,7 +861,7 @@ def load_cost(task, path=None, text=None):
         numbers = answer.is_floating_point() and set(answer.tolist()) <= {0, 1}
         if answer.shape != (8,) or not numbers:
             raise ValueError("it does not answer 0. or 1. for each row of a batch")
-    except Exception as error:  # noqa: BLE001 (whatever a predicate raises)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever a predicate raises)
         raise CostError(f"the predicate {found} fails: {type(error).__name__}: {error}") from None
     cost.text = text
     cost.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -1825,6 +1837,8 @@ def run(cfg, resume=False):
         if part.exists() and not (saved and saved["name"] == part.name):
             warn(f"the stopped training in {cfg.folder} is discarded; --resume goes on with one")
             part.unlink()
+        if (cfg.folder / "results.json").exists() and not resume:
+            warn(f"when this run is done it replaces the finished one in {cfg.folder}")
         data = to_device(arrays, task, cost, device)
         seconds = {"data": time.time() - clock}
         print(f"2-6 training on {device}, {torch.get_num_threads()} threads")
@@ -1930,6 +1944,8 @@ def parser():
 def serve(program, work, hint="nothing was lost"):
     """The exit code of a command: 0; 2 and one sentence on stderr; 130 where it was stopped."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (closed by whoever called)
+    with contextlib.suppress(AttributeError):  # a folder's name may be no ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work()
@@ -1942,7 +1958,11 @@ def serve(program, work, hint="nothing was lost"):
         return 130
     except (ProcoError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
-        return 2
+    except (MemoryError, RuntimeError) as error:  # torch's own error is a RuntimeError
+        if "memory" not in f"{type(error)} {error}".lower():
+            raise
+        print(f"{program}: there is too little memory; take smaller settings", file=sys.stderr)
+    return 2
 
 
 def again(path, given):
@@ -1950,8 +1970,9 @@ def again(path, given):
     other = [key.replace("_", "-") for key in given if key not in ("cost", *EVALUATION)]
     if other:
         raise ProcoError(f"--evaluate drives a run as trained: it takes no --{' --'.join(other)}")
-    path = Path(path).expanduser() / "checkpoint.pt"
-    cfg = Config(**load_kept(path)["identity"]["settings"] | given)
+    path = Path(path).expanduser()
+    path = path if path.suffix == ".pt" else path / "checkpoint.pt"
+    cfg = Config(**load_kept(path)["identity"]["settings"] | {"acting": "auto"} | given)
     driven = evaluate(path, cfg, load_cost(cfg.task, cfg.cost))
     print_scores(f"{cfg.task} {cfg.method}", summarise(cfg, driven))
 
@@ -1963,6 +1984,7 @@ def main(argv=None):
     resume = given.pop("resume")
     finished = given.pop("evaluate", None)
     if finished is not None:
+        given |= {"resume": True} if resume else {}
         return serve("proco", lambda: again(finished, given))
     hint = "the same command with --resume goes on from what was kept"
     return serve("proco", lambda: run(Config(**given), resume), hint)

@@ -180,11 +180,12 @@ def with_interval(name, means):
     return {key: None if math.isnan(value) else float(value) for key, value in row.items()}
 
 
-def comparison_rows(means, first):
-    """The table, a row for each task and method: {(task, method): (1 + R, V)} -> dicts."""
+def comparison_rows(means, first, acting):
+    """The table, a row for each task and method: {(task, method): (1 + R, V)} -> dicts. The way of
+    acting that counts, {(task, method): its name}, stands in each."""
     rows = []
     for (task, method), values in means.items():
-        row = {"task": task, "method": method}
+        row = {"task": task, "method": method, "acting": acting[task, method]}
         for n, name in enumerate(MEASURES):
             row |= with_interval(name, values[:, n])
         if method != first:
@@ -206,7 +207,7 @@ def cell(row, name):
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def markdown(rows, names, by=("task", "method")):
+def markdown(rows, names, by=("task", "method", "acting")):
     """A Markdown table: what it is by, then the cells of these names."""
     heads = [*by, *(name.replace("_", " ") for name in names)]
     lines = [heads, ["---"] * len(heads)]
@@ -228,7 +229,7 @@ def comparison_text(rows, ways, first, seeds, layouts):
             others, names
         )
     text += "\nEach way of acting:\n\n"
-    return text + markdown(ways, MEASURES[:3], ("task", "method", "acting"))
+    return text + markdown(ways, MEASURES[:3])
 
 
 def ways_rows(task, method, scores):
@@ -284,6 +285,7 @@ def compare(methods, tasks, seeds, given):
     everything = []
     rng = np.random.default_rng(0)
     means = {}
+    acting = {}
     ways = []
     for task in tasks:
         values = {}
@@ -292,13 +294,17 @@ def compare(methods, tasks, seeds, given):
             values[method] = np.stack([episodes for episodes, _ in pairs])  # (K, L, V)
             results = [result for _, result in pairs]
             everything += results
+            counted = dict.fromkeys(result["eval"]["acting"] for result in results)
+            acting[task, method] = ", ".join(counted)
             ways += ways_rows(task, method, [result["acting"] for result in results])
         layouts = values[methods[0]].shape[1]
         for method, value in crossed_bootstrap(values, rng).items():
             means[task, method] = value
     for method in methods if len(tasks) > 1 else ():
         means["all", method] = np.mean([means[task, method] for task in tasks], 0)
-    rows = comparison_rows(means, methods[0])
+        counted = dict.fromkeys(acting[task, method] for task in tasks)
+        acting["all", method] = ", ".join(counted)
+    rows = comparison_rows(means, methods[0], acting)
     text = comparison_text(rows, ways, methods[0], seeds, layouts)
     proco.write_table(out / "compare.csv", rows)
     with proco.whole(out / "compare.md") as file:
@@ -516,6 +522,10 @@ def command(argv):
     parser.add_argument("--tasks", metavar="T,T", help="(default: proco.py's --task)")
     parser.add_argument("--seeds", metavar="K", type=int, default=1, help="seeds 0 to K - 1 (1)")
     flags, rest = parser.parse_known_args(argv)
+    if flags.compare is None and (flags.tasks or flags.seeds != 1):
+        raise ProcoError("--tasks and --seeds say what --compare METHODS compares: it is missing")
+    if flags.bench and flags.compare is not None:
+        raise ProcoError("--bench and --compare do not go together")
     if flags.bench:
         bench()
         return 0
@@ -530,6 +540,8 @@ def command(argv):
         raise ProcoError("--compare and --evaluate do not go together")
     if flags.seeds < 1:
         raise ProcoError(f"--seeds {flags.seeds} is no number of seeds; it must be at least 1")
+    if flags.tasks and "task" in given:
+        raise ProcoError("give --tasks or --task, not both")
     task = given.pop("task", "CarButton1")
     tasks = (flags.tasks or task).split(",")
     compare(
@@ -2632,6 +2644,11 @@ def test_the_command_writes_a_file_that_says_where_it_comes_from(endpoint, tmp_p
     assert write.prompt_hash(LLM_TASK) in head[3]
     assert f"python -m llm_costs.write --task {LLM_TASK} --show-prompt" in head[4]
     assert "no recorded steps" in capsys.readouterr().out
+    (out / f"{LLM_TASK}.py").write_text("reviewed")
+    endpoint.answers = [answer(REPLIES["not ASCII"])]
+    assert write.main(job) == 0
+    assert (out / f"{LLM_TASK}.py.former").read_text() == "reviewed"
+    assert f"{LLM_TASK}.py.former now" in capsys.readouterr().out
     assert write.main(["--task", LLM_TASK, "--show-prompt"]) == 0
     shown = capsys.readouterr().out
     assert hashlib.sha256(shown.encode()).hexdigest()[:16] == write.prompt_hash(LLM_TASK)
@@ -2675,6 +2692,9 @@ def test_recorded_steps_are_those_that_are_named_or_the_newest(endpoint, tmp_pat
     obs, action, next_obs = write.recorded_steps("DoubleIntegrator")
     assert (obs == -1).all() and action.shape == (120, 1) and (next_obs == -1).all()
     assert "DoubleIntegrator-v2-1.hdf5" in capsys.readouterr().out
+    (folder / "DoubleIntegrator-v2-2.hdf5").write_text("newer, but no HDF5")
+    obs, *_ = write.recorded_steps("DoubleIntegrator")
+    assert (obs == -1).all() and "passed over" in capsys.readouterr().out
     named = write.recorded_steps("DoubleIntegrator", folder / "other.hdf5")
     assert (named[0] == -2).all() and write.recorded_steps("PointGoal1") is None
 
@@ -3340,6 +3360,52 @@ def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch):
 # ==== Whose results they are ======================================================================
 
 
+def test_a_finished_run_is_not_replaced_without_a_word(tmp_path, capsys):
+    proco.run(quick(tmp_path))
+    assert "replaces" not in capsys.readouterr().err
+    proco.run(quick(tmp_path, hidden=8))
+    assert "replaces the finished one" in capsys.readouterr().err
+
+
+def test_a_run_may_be_driven_in_each_way_whatever_it_was_told(tmp_path, capsys):
+    cfg = quick(tmp_path, "proco", acting="clone")
+    assert proco.run(cfg)["eval"]["acting"] == "clone"
+    capsys.readouterr()
+    for path in (cfg.folder, cfg.folder / "checkpoint.pt"):
+        assert proco.main(["--evaluate", str(path)]) == 0
+        said = capsys.readouterr().out
+        assert all(way in said for way in ("cloned policy", "actor", "actor + filter"))
+    assert proco.main(["--evaluate", str(cfg.folder), "--resume"]) == 2
+
+
+def test_a_predicate_that_does_not_fit_the_recorded_costs_is_warned_of(tmp_path, capsys):
+    path = tmp_path / "cost.py"
+    path.write_text(
+        "def cost(obs, action, next_obs, margin=0.0):\n    return 0 * obs[..., 0] + 1\n"
+    )
+    proco.run(quick(tmp_path, "proco", cost=path))
+    assert "calls 100% of the steps unsafe" in capsys.readouterr().err
+    path.write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(proco.CostError, match="SystemExit"):
+        proco.load_cost("DoubleIntegrator", path)
+
+
+def test_a_task_of_ones_own_with_a_slip_is_refused():
+    for slip in ({"settings": {"updatez": 3}}, {"sensors": (0, 5)}, {"repeat": 0}):
+        with pytest.raises(ProcoError, match="the task DoubleIntegrator has"):
+            dataclasses.replace(DI, **slip)
+
+
+def test_too_little_memory_is_said_in_one_sentence(capsys):
+    def work():
+        torch.empty(10**15)
+
+    assert proco.serve("proco", work) == 2
+    assert "too little memory" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="size"):  # what is a bug stays one
+        proco.serve("proco", lambda: torch.zeros(2) @ torch.zeros(3))
+
+
 def test_results_of_other_settings_are_never_taken(trained, capsys):
     before = snapshot(Path(trained.out))
     other = flags(dataclasses.replace(trained, margin=0.3))
@@ -3802,6 +3868,7 @@ def test_a_comparison_trains_what_is_missing_and_reads_the_rest(tmp_path, monkey
     table = (tmp_path / "compare.csv").read_text("utf-8")
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [row["method"] for row in rows] == ["bc", "td3bc"]
+    assert [row["acting"] for row in rows] == ["actor", "actor"]
     costs = []
     for seed in (0, 1):
         folder = quick(tmp_path, seed=seed).folder
@@ -3824,6 +3891,20 @@ def test_a_comparison_trains_what_is_missing_and_reads_the_rest(tmp_path, monkey
     assert [(cfg.method, cfg.seed) for cfg in begun] == [("td3bc", 1)]
     assert snapshot(tmp_path / "DoubleIntegrator" / "bc") == before
     assert (tmp_path / "compare.csv").read_text("utf-8") == table
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["--tasks", "PointGoal1"], "--compare METHODS"),
+        (["--seeds", "3"], "--compare METHODS"),
+        (["--bench", "--compare", "bc"], "do not go together"),
+        (["--compare", "bc", "--tasks", "PointGoal1", "--task", "CarGoal1"], "not both"),
+    ],
+)
+def test_words_that_would_be_ignored_are_refused(words, why, capsys):
+    assert main(words) == 2
+    assert why in capsys.readouterr().err
 
 
 def test_a_comparison_reads_only_files_that_belong_together(tmp_path, capsys):

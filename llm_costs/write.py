@@ -560,6 +560,10 @@ def write_cost(task, url, model, key=None, attempts=3, out_dir=None, data=None):
             messages.append({"role": "user", "content": f"This is refused: {why} {again}"})
             continue
         path = folder / f"{task}.py"
+        if path.exists():
+            former = path.with_suffix(".py.former")
+            os.replace(path, former)
+            print(f"the predicate that was there is {former} now; runs that it made want it back")
         with proco.whole(path) as file:
             file.write(f"{head_comment(task, model)}\n{code}".encode())
         print(f"{path}: reply {attempt} of {attempts} by {model} passed; {flagged}")
@@ -574,12 +578,18 @@ def recorded_steps(task, path=None):
     dsrl = Path(os.environ.get("DSRL_DATASET_DIR") or "~/.dsrl/datasets").expanduser()
     driven = sorted((proco.CACHE / "demonstrator").glob(f"{task}-*.hdf5"), key=os.path.getmtime)
     found = [Path(path).expanduser()] if path else [*driven, *dsrl.glob(f"Safety{task}Gym*.hdf5")]
-    if not found:
-        print("no recorded steps are at hand (--data FILE.hdf5); made-up ones have to do")
-        return None
-    arrays, _ = proco.load_data(found[-1], proco.get_task(task))
-    print(f"a predicate may call unsafe {FALSE_ALARMS:.0%} of the safe steps in {found[-1]}")
-    return [arrays[name] for name in ("observations", "actions", "next_observations")]
+    for file in reversed(found):
+        try:
+            arrays, _ = proco.load_data(file, proco.get_task(task))
+        except ProcoError as error:
+            if path:
+                raise
+            print(f"{error}: passed over")
+            continue
+        print(f"a predicate may call unsafe {FALSE_ALARMS:.0%} of the safe steps in {file}")
+        return [arrays[name] for name in ("observations", "actions", "next_observations")]
+    print("no recorded steps are at hand (--data FILE.hdf5); made-up ones have to do")
+    return None
 
 
 def parse(argv):
