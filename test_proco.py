@@ -405,7 +405,7 @@ def td3bc_pair(rows=10_000):
     return ours, agent, plain, table
 
 
-def bench_training(updates=200, rounds=5):
+def bench_training(updates=100, rounds=15):
     """Prints how much faster a td3bc update is than TD3+BC as it is usually written, and than
     plain modules that compute the same; rounds in turn -> both ratios."""
     ours, agent, plain, table = td3bc_pair()
