@@ -255,9 +255,16 @@ SMALL = {"driver_episodes": 100, "hidden": 64, "margin": 0.005, "horizon": 21, "
 SMALL |= {"rollouts": 20_000, "eps": 0.4, "clone_updates": 500, "feasibility_updates": 3_000}
 SMALL |= {"updates": 1_000, "eval_episodes": 50}
 LINE = {"repeat": 3, "limited": (0,), "settings": SMALL}
-line = Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **LINE)
-TASKS = {"DoubleIntegrator": line}
-for agent, kind, level in itertools.product(AGENTS, KINDS, (1, 2)):  # CarButton1, say
+INTEGRATOR = Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **LINE)
+# A violation is seldom announced, so gamma_f is short. After so few updates |Q_r| is a fifth of its
+# level, so Q_r / |Q_r| pulls hard and cloning weighs more: with 5 one of Swimmer's actors left the
+# gait.
+GAIT = {"gamma_f": 0.9, "bc_weight": 20.0, "clone_updates": 1_500, "feasibility_updates": 2_500}
+GAIT |= {"updates": 2_000, "rollouts": 12_000}
+
+
+def navigation_task(agent, kind, level):
+    """The entry of CarButton1, say."""
     start, dt, clamps = AGENTS[agent]
     reach, steps, counts = KINDS[kind]
     seen = enumerate(counts.items())
@@ -269,16 +276,19 @@ for agent, kind, level in itertools.product(AGENTS, KINDS, (1, 2)):  # CarButton
     more = {"lidars": tuple(lidars), "repeat": round(0.12 / dt), "saturation": clamps}
     # ASSUMED: velocity x, y, yaw rate and the two compass fields are the sensors that matter. The
     # accelerometer follows from them; the rest is constant or the Car's idle rear ball.
-    TASKS[name] = Task(name, f"Safety{name}-v0", size, 2, steps, dt, (3, 4, 8, 9, 10), **more)
-# A violation is seldom announced, so gamma_f is short. After so few updates |Q_r| is a fifth of its
-# level, so Q_r / |Q_r| pulls hard and cloning weighs more: with 5 one of Swimmer's actors left the
-# gait.
-GAIT = {"gamma_f": 0.9, "bc_weight": 20.0, "clone_updates": 1_500, "feasibility_updates": 2_500}
-GAIT |= {"updates": 2_000, "rollouts": 12_000}
-for robot, (size, actions, dt, limited, healthy) in ROBOTS.items():  # nothing stands around them
+    return Task(name, f"Safety{name}-v0", size, 2, steps, dt, (3, 4, 8, 9, 10), **more)
+
+
+def velocity_task(robot):
+    """The entry of HopperVelocity, say: nothing stands around it."""
+    size, actions, dt, limited, healthy = ROBOTS[robot]
     name = f"{robot}Velocity"
     more = {"limited": limited, "healthy": healthy, "settings": GAIT}
-    TASKS[name] = Task(name, f"Safety{name}-v1", size, actions, 1000, dt, range(size), **more)
+    return Task(name, f"Safety{name}-v1", size, actions, 1000, dt, range(size), **more)
+
+
+NAVIGATION = itertools.starmap(navigation_task, itertools.product(AGENTS, KINDS, (1, 2)))
+TASKS = {task.name: task for task in (INTEGRATOR, *NAVIGATION, *map(velocity_task, ROBOTS))}
 
 
 def get_task(name):
