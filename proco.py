@@ -1292,7 +1292,7 @@ def plan(agent, state):
         going = agent.model.foreseen(there)  # else a goal is reached
         earned = torch.where(going, 0, agent.reached) - lost
         score = score + weight * (earned / agent.q_scale - agent.cfg.plan_clone * away.mean(-1))
-        weight = weight * agent.cfg.gamma**task.repeat * going  # danger counts for ever
+        weight = weight * agent.cfg.gamma**task.repeat * going  # 0 behind a goal
         x = agent.features(there)
         unsafe = judge(agent.cost, task, here, action, there, agent.margin)
         # The model knows no contact: it would press on through a button that stands in its way.
