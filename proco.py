@@ -3,7 +3,7 @@
 # dependencies = [
 #     "torch==2.13.0", "numpy<2.3", "safety-gymnasium==0.4.0", "dsrl==0.1.0", "requests>=2.28",
 #     "gymnasium==0.28.1", "mujoco==2.3.3", "xmltodict>=0.13", "pyyaml>=6.0", "imageio>=2.27",
-#     "h5py>=3.8", "tqdm>=4.60", "matplotlib>=3.6",
+#     "h5py>=3.8", "tqdm>=4.60", "matplotlib>=3.6", "filelock>=3.12",
 # ]
 # [tool.uv]
 # override-dependencies = [  # the last two lines: pins that can't be installed, nothing imports
@@ -71,6 +71,7 @@ import numpy as np
 import requests
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
@@ -134,13 +135,12 @@ class Config:
         own = get_task(self.task or "CarButton1").settings
         for field in dataclasses.fields(self):
             about = field.metadata
-            if getattr(self, field.name) is None:
-                setattr(self, field.name, own.get(field.name, about["default"]))
-            if isinstance(about["default"], str):
-                setattr(self, field.name, str(getattr(self, field.name)))  # it may be a Path
             value = getattr(self, field.name)
-            odd = about["low"] is not None and not about["low"] <= value <= about["high"]
-            if odd and value != about["default"]:
+            value = own.get(field.name, about["default"]) if value is None else value
+            value = str(value) if isinstance(about["default"], str) else value  # it may be a Path
+            setattr(self, field.name, value)
+            inside = about["low"] is None or about["low"] <= value <= about["high"]
+            if not inside and value != about["default"]:
                 words = "--{} {} is out of its range, {low:g} to {high:g}"
                 raise ProcoError(words.format(field.name.replace("_", "-"), value, **about))
         if self.method not in METHODS:
@@ -458,17 +458,6 @@ def download(url, file):
     raise requests.ConnectionError("it breaks off")
 
 
-def taken(file, wait=False):
-    """Whether another process holds an open file or folder; else we do, until it is closed."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return False
-    except (ImportError, OSError) as error:  # Windows and some networks' file systems lock nothing
-        return isinstance(error, BlockingIOError)
-
-
 def fetch_dsrl(task, cache_dir=None, base_url=None):
     """The path of DSRL's recordings of a task, downloaded if need be. Raises ProcoError."""
     urls = dsrl_infos().get("DATASET_URLS", {})
@@ -482,23 +471,23 @@ def fetch_dsrl(task, cache_dir=None, base_url=None):
         return path
     writable(path.parent, "DSRL_DATASET_DIR")
     reasons = []
-    with open(path.with_name(f"{name}.part"), "ab", buffering=0) as part:
-        if taken(part):
-            print(f"1 data: waiting for another process that downloads {path}")
-            taken(part, wait=True)
-        for base in [base_url] if base_url else [MIRROR, host]:
-            try:
-                if not path.exists():
+    print(f"1 data: downloading {path}, or waiting for another process that does")
+    with FileLock(path.with_name(f"{name}.lock")):
+        if path.exists():
+            return path
+        with open(path.with_name(f"{name}.part"), "ab", buffering=0) as part:
+            for base in [base_url] if base_url else [MIRROR, host]:
+                try:
                     download(f"{base.rstrip('/')}/{name}", part)
                     h5py.File(part.name, "r", locking=False).close()
                     os.replace(part.name, path)
-                return path
-            except requests.RequestException as error:
-                status = getattr(error.response, "status_code", type(error).__name__)
-                reasons.append(f"{base}: {status}")
-            except OSError as error:  # a web page, say, or a full disk
-                part.truncate(0)
-                reasons.append(f"{base}: {error.strerror or f'no HDF5, or cut off ({error})'}")
+                    return path
+                except requests.RequestException as error:
+                    status = getattr(error.response, "status_code", type(error).__name__)
+                    reasons.append(f"{base}: {status}")
+                except OSError as error:  # a web page, say, or a full disk
+                    part.truncate(0)
+                    reasons.append(f"{base}: {error.strerror or f'no HDF5, or cut off ({error})'}")
     advice = f"get {name} from {MIRROR} into {path.parent}, or give a file with --data"
     none = "the tasks Goal, Circle and Button need none: they are demonstrated"
     raise ProcoError(f"no recordings of {task} ({'; '.join(reasons)}): {advice}; {none}")
@@ -1779,7 +1768,7 @@ def kept_run(folder, identity, device):
         other = [key for key in now if was.get(key) != now[key] and key not in HARMLESS]
         differs = "; ".join(f"{key} {was.get(key)}, now {now[key]}" for key in other)
         if not differs and path.suffix == ".pt":
-            return None, kept | {"name": path.name}
+            return None, kept
         if not differs and all(was[key] == now[key] for key in EVALUATION):
             return kept, None
     if differs:
@@ -1815,13 +1804,12 @@ def prepare(cfg):
 @contextlib.contextmanager
 def alone(folder):
     """For one process at a time. Raises ProcoError."""
-    file = os.open(folder, os.O_RDONLY) if os.name != "nt" else os.dup(0)
     try:
-        if taken(file):
-            raise ProcoError(f"another process works in {folder}; wait, or use another --out")
-        yield
-    finally:
-        os.close(file)
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        why = f"another process works in {folder}; wait, or use another --out"
+        raise ProcoError(why) from None
 
 
 @torch.random.fork_rng(devices=[])  # the caller's generator stays as it was
@@ -1844,11 +1832,9 @@ def run(cfg, resume=False):
             print_scores(f"{cfg.task} {cfg.method}, finished before", results["acting"])
             return results
         part = cfg.folder / "training.pt"  # what is finished stays until this run is, too
-        if part.exists() and not (saved and saved["name"] == part.name):
-            warn(f"the stopped training in {cfg.folder} is discarded; --resume goes on with one")
-            part.unlink()
-        if (cfg.folder / "results.json").exists() and not resume:
-            warn(f"when this run is done it replaces the finished one in {cfg.folder}")
+        if not resume and (part.exists() or (cfg.folder / "results.json").exists()):
+            warn(f"this run replaces the one in {cfg.folder}; --resume would go on with that")
+            part.unlink(missing_ok=True)
         data = to_device(arrays, task, cost, device)
         seconds = {"data": time.time() - clock}
         print(f"2-6 training on {device}, {torch.get_num_threads()} threads")

@@ -3,7 +3,8 @@
 # dependencies = [
 #     "torch==2.13.0", "numpy<2.3", "safety-gymnasium==0.4.0", "dsrl==0.1.0", "requests>=2.28",
 #     "gymnasium==0.28.1", "mujoco==2.3.3", "xmltodict>=0.13", "pyyaml>=6.0", "imageio>=2.27",
-#     "h5py>=3.8", "tqdm>=4.60", "matplotlib>=3.6", "pytest>=7.0", "ruff>=0.17,<0.18",
+#     "h5py>=3.8", "tqdm>=4.60", "matplotlib>=3.6", "filelock>=3.12", "pytest>=7.0",
+#     "ruff>=0.17,<0.18",
 # ]
 # [tool.uv]
 # override-dependencies = [
@@ -3364,7 +3365,7 @@ def test_a_finished_run_is_not_replaced_without_a_word(tmp_path, capsys):
     proco.run(quick(tmp_path))
     assert "replaces" not in capsys.readouterr().err
     proco.run(quick(tmp_path, hidden=8))
-    assert "replaces the finished one" in capsys.readouterr().err
+    assert "this run replaces" in capsys.readouterr().err
 
 
 def test_a_run_may_be_driven_in_each_way_whatever_it_was_told(tmp_path, capsys):
@@ -3478,7 +3479,7 @@ def test_a_stopped_run_changes_nothing_finished_and_goes_on(tmp_path, stage):
     assert not (folder / "training.pt").exists()
     (folder / "training.pt").touch()
     proco.run(second)
-    assert "discarded" in json.loads((folder / "results.json").read_text())["warnings"][0]
+    assert "this run replaces" in json.loads((folder / "results.json").read_text())["warnings"][0]
 
 
 def test_what_is_driven_again_is_not_trained_again(tmp_path, monkeypatch):
