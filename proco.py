@@ -1729,7 +1729,9 @@ def versions():
 
 
 def load_kept(path, device="cpu"):
-    """What a results.json or a checkpoint holds. Raises ProcoError."""
+    """What a results.json, a checkpoint or that of a folder holds. Raises ProcoError."""
+    path = Path(os.path.expanduser(path))
+    path = path if path.suffix in (".json", ".pt") else path / "checkpoint.pt"
     try:
         if path.suffix == ".json":
             kept = json.loads(path.read_text("utf-8"))
@@ -1747,8 +1749,7 @@ def load_kept(path, device="cpu"):
 
 def load_run(path, device="cpu", cost=None):
     """The Agent of a run's folder or checkpoint; cost: its predicate, loaded. Raises ProcoError."""
-    path = Path(os.path.expanduser(path))
-    saved = load_kept(path if path.suffix == ".pt" else path / "checkpoint.pt", device)
+    saved = load_kept(path, device)
     cfg = Config(**saved["identity"]["settings"])
     task = get_task(cfg.task)
     model = Dynamics(task, cfg) if cfg.counterfactual else None
@@ -1925,8 +1926,9 @@ def draw_report(path, agent, driven):
 
 def parser():
     """The command line, made from Config."""
-    form = argparse.RawDescriptionHelpFormatter
-    line = argparse.ArgumentParser(description=__doc__.split("Shapes:")[0], formatter_class=form)
+    line = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)  # only what is given
+    line.description = __doc__.split("Shapes:")[0]
+    line.formatter_class = argparse.RawDescriptionHelpFormatter
     groups = {}
     for field in dataclasses.fields(Config):
         about = field.metadata
@@ -1969,8 +1971,6 @@ def again(path, given):
     other = [key.replace("_", "-") for key in given if key not in ("cost", *EVALUATION)]
     if other:
         raise ProcoError(f"--evaluate drives a run as trained: it takes no --{' --'.join(other)}")
-    path = Path(path).expanduser()
-    path = path if path.suffix == ".pt" else path / "checkpoint.pt"
     cfg = Config(**load_kept(path)["identity"]["settings"] | {"acting": "auto"} | given)
     driven = evaluate(path, cfg, load_cost(cfg.task, cfg.cost))
     print_scores(f"{cfg.task} {cfg.method}", summarise(cfg, driven))
@@ -1979,12 +1979,9 @@ def again(path, given):
 def main(argv=None):
     """The command line -> exit code."""
     given = vars(parser().parse_args(argv))
-    given = {key: value for key, value in given.items() if value is not None}
-    resume = given.pop("resume")
-    finished = given.pop("evaluate", None)
-    if finished is not None:
-        given |= {"resume": True} if resume else {}
-        return serve("proco", lambda: again(finished, given))
+    if "evaluate" in given:
+        return serve("proco", lambda: again(given.pop("evaluate"), given))
+    resume = given.pop("resume", False)
     hint = "the same command with --resume goes on from what was kept"
     return serve("proco", lambda: run(Config(**given), resume), hint)
 

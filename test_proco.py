@@ -508,12 +508,6 @@ def bench():
 # ==== The command line ============================================================================
 
 
-def words_of(argv):
-    """What words of proco.py's command line say, {name: value}."""
-    given = vars(proco.parser().parse_args(argv))
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def command(argv):
     """Does what the command line says -> exit code. Raises ProcoError."""
     words = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -532,8 +526,8 @@ def command(argv):
         return 0
     if flags.compare is None:
         return int(pytest.main([__file__, "-q", *rest]))
-    given = words_of(rest)
-    given.pop("resume")
+    given = vars(proco.parser().parse_args(rest))
+    given.pop("resume", None)
     for name in ("method", "seed"):
         if name in given:
             raise ProcoError(f"--compare takes its own methods and --seeds K, not --{name}")
@@ -3808,7 +3802,7 @@ def test_help_lists_every_setting_by_step(capsys):
 
 def test_flags_become_settings():
     argv = ["--task", "PointGoal1", "--eps=0.3", "--horizon", "0", "--resume"]
-    given = words_of(argv)
+    given = vars(proco.parser().parse_args(argv))
     assert given.pop("resume")
     assert given == {"task": "PointGoal1", "eps": 0.3, "horizon": 0}
     assert Config(**given).eps == 0.3
