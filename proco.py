@@ -1809,7 +1809,7 @@ def prepare(cfg):
 def alone(folder):
     """For one process at a time. Raises ProcoError."""
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(f"{folder}.lock", timeout=0):  # beside it: some versions leave the file
             yield
     except Timeout:
         why = f"another process works in {folder}; wait, or use another --out"
