@@ -1473,11 +1473,8 @@ def train(training, data, identity, path):
     clone_end, before, rest = (max(1, round(part * cfg.scale)) for part in parts)
     total = clone_end + before + rest
     every = math.ceil((before + rest) / ROUNDS)
-    clock = time.time()
-    done = kept["step"] == total  # what is driven again is not trained again
-    if done:
-        save_training(training, identity, path)
-    with tqdm(None, "4-6 policy", total, initial=kept["step"], disable=done) as bar:
+    began = time.time() - kept["seconds"].get("policy", 0)
+    with tqdm(None, "4-6 policy", total, initial=kept["step"]) as bar:
         for step in range(kept["step"], total):
             if step < clone_end:
                 rows = draw({"x": d["x"], "action": d["action"]}, cfg.batch, generator)
@@ -1499,20 +1496,19 @@ def train(training, data, identity, path):
                 policy = even and step >= clone_end + before
                 logs = update(agent, optimisers, d, kept["cf"], generator, share, even, policy)
             kept["step"] = step + 1
-            last = step + 1 == total
-            if step % 200 == 0 or last:
+            if step % 200 == 0 or step + 1 == total:
                 logs = {key: float(value) for key, value in logs.items()}
                 if not all(map(math.isfinite, logs.values())):
                     why = f"a loss is no longer finite at update {step + 1} ({logs})"
                     raise ProcoError(f"{why}: are the data odd? The last good checkpoint is kept")
                 kept["metrics"].append({"step": step + 1} | logs)
+                kept["seconds"]["policy"] = time.time() - began
                 bar.update(step + 1 - bar.n)
                 bar.set_postfix(logs)
-            if step % 1000 == 0 or last:  # only what has just been found finite
-                kept["seconds"]["policy"] = kept["seconds"].get("policy", 0) + time.time() - clock
-                clock = time.time()
-                kept["cf"] = None if last else kept["cf"]  # large, and needed no more
+            if step % 1000 == 0:  # only what has just been found finite
                 save_training(training, identity, path)
+    kept["cf"] = None  # large, and needed no more
+    save_training(training, identity, path)
 
 
 # ==== 9. The simulator, and evaluation in it ======================================================
