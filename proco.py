@@ -1801,23 +1801,17 @@ def prepare(cfg):
     return task, cost, "cuda" if cuda and cfg.device != "cpu" else "cpu"
 
 
-@contextlib.contextmanager
-def alone(folder):
-    """For one process at a time. Raises ProcoError."""
-    try:
-        with FileLock(f"{folder}.lock", timeout=0):  # beside it: some versions leave the file
-            yield
-    except Timeout:
-        why = f"another process works in {folder}; wait, or use another --out"
-        raise ProcoError(why) from None
-
-
 @torch.random.fork_rng(devices=[])  # the caller's generator stays as it was
 def run(cfg, resume=False):
     """A whole run, from data to results -> the content of results.json. Raises ProcoError."""
     WARNINGS.clear()
     task, cost, device = prepare(cfg)
-    with alone(cfg.folder):
+    try:
+        lock = FileLock(f"{cfg.folder}.lock").acquire(0)  # beside it: some versions leave the file
+    except Timeout:
+        why = f"another process works in {cfg.folder}; wait, or use another --out"
+        raise ProcoError(why) from None
+    with lock:
         clock = time.time()
         source, path = find_data(cfg)
         arrays, facts = load_data(path, task, cfg.max_episode_cost)

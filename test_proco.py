@@ -3507,7 +3507,7 @@ def test_what_is_driven_again_is_not_trained_again(tmp_path, monkeypatch):
 def test_a_folder_is_for_one_process_at_a_time(tmp_path, capsys):
     cfg = quick(tmp_path)
     cfg.folder.mkdir(parents=True)
-    with proco.alone(cfg.folder):
+    with proco.FileLock(f"{cfg.folder}.lock"):
         is_refused(capsys, flags(cfg), "another process works in", "--out")
     assert proco.main(flags(cfg)) == 0
 
