@@ -613,8 +613,6 @@ def parse(argv):
 def main(argv=None):
     """The command line -> exit code: 0, 2 with one sentence on stderr, or 130."""
     argv = sys.argv[1:] if argv is None else argv
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # one that is closed is None
-        stream.reconfigure(errors="replace")  # a reply may hold what the terminal can't show
     if argv == ["--check"]:
         return answer_check()
     args = parse(argv)
