@@ -1271,7 +1271,7 @@ def plan(agent, state):
     x = x.repeat(copies, 1)
     score = torch.zeros_like(x[:, 0])
     weight = torch.ones_like(score)
-    # The 22 steps of eps are 0.45 s of a Point but 0.9 s of a Car; with eps itself a Car that could
+    # The 22 steps of eps are 0.45 s of a Point, but 0.9 s of a Car; with eps itself a Car that could
     # have passed waited, and CarButton1 earned 8.9 instead of 11.9.
     limit = agent.eps ** (0.02 / task.dt)
     for t in range(LOOK_AHEAD):
