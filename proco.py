@@ -1226,7 +1226,7 @@ def cpq_penalty(agent, d, generator):
 
 HOLD = (1, 3, 5, 8)  # decisions for which a plan holds its first action; then the actor drives
 LOOK_AHEAD = 14  # decisions that a plan lasts; with 8, waiting moved danger behind the horizon
-PRICE = 100.0  # of c and of d in a state of a plan (below), a tenth of it where V_f says unsafe
+PRICE = 100.0  # of c and of d in a state of a plan (below), a tenth of it where V_f > eps
 
 
 def ways(task, cfg):
@@ -1252,7 +1252,7 @@ def plan(agent, state):
     """The policy with look-ahead: state (B, S) -> (B, A), the first action of the plan with most
 
         sum over t of  gamma^kt (min(Q_r(s, a) - Q_r(s, pi), 0) / |Q_r| - plan_clone |a - clone|^2)
-        - 100 * 0.9^t (c + d + 0.1 [V_f > eps^(0.02 s / dt)])
+        - 100 * 0.9^t (c + d + 0.1 [V_f > eps])
         + gamma^kT Q_r(s_T, pi) / |Q_r|, or, where a goal is reached before, what that is worth
 
     |.|^2: the mean over A, in units of the clone's own error on D; clone: in_full; c: the predicate
@@ -1271,9 +1271,6 @@ def plan(agent, state):
     x = x.repeat(copies, 1)
     score = torch.zeros_like(x[:, 0])
     weight = torch.ones_like(score)
-    # The 22 steps of eps are 0.45 s of a Point, but 0.9 s of a Car; with eps itself a Car that could
-    # have passed waited, and CarButton1 earned 8.9 instead of 11.9.
-    limit = agent.eps ** (0.02 / task.dt)
     for t in range(LOOK_AHEAD):
         proposal = agent.propose(x)
         action = torch.where(t < hold, first, proposal)
@@ -1289,7 +1286,7 @@ def plan(agent, state):
         unsafe = judge(agent.cost, task, here, action, there, agent.margin)
         # The model knows no contact: it would press on through a button that stands in its way.
         deep = judge(agent.cost, task, here, action, there, -0.02)
-        infeasible = agent.v_s(x)[0, :, 0] > limit
+        infeasible = agent.v_s(x)[0, :, 0] > agent.eps
         score = score - PRICE * 0.9**t * (unsafe + deep + 0.1 * infeasible)
         here = there
     score = score + weight * agent.worth(x, agent.propose(x)) / agent.q_scale
@@ -1666,7 +1663,7 @@ def print_scores(title, scores):
 
 # ==== 10. A run: from data to results =============================================================
 
-FORMAT = 16  # of checkpoints, to be raised when older ones can't be read
+FORMAT = 15  # of checkpoints, to be raised when older ones can't be read
 WARNINGS = []  # where the program went another way than the reader may expect
 EVALUATION = ("acting", "eval_episodes", "eval_seed")
 HARMLESS = ("settings", "out", "device", "cost", *EVALUATION)  # not compared

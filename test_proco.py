@@ -1906,15 +1906,6 @@ def test_where_nothing_is_feasible_a_plan_does_the_least_harm():
     assert proco.plan(agent, torch.tensor([[1.3, 0.0]])).tolist() == [[-1]]
 
 
-@pytest.mark.parametrize("dt, action", [(0.02, 0), (0.04, 1)])
-def test_what_plans_fear_by_v_f_is_as_near_on_every_clock(dt, action):
-    """V_f .6 is at most 16 steps from danger: 0.34 s of a Point, but 0.67 s of a Car."""
-    agent = newborn(dataclasses.replace(SINGLE, dt=dt), eps=0.5)
-    agent.cost = nowhere
-    give(agent, q_r=lambda x, v, a: x, v_f=lambda x, v: 0.6 * (x > -2.95))
-    assert proco.plan(agent, torch.tensor([[-3.0, 0.0]])).tolist() == [[action]]
-
-
 @pytest.mark.parametrize("reached, action", [(0.0, -1), (9.0, 1)])
 def test_a_plan_ends_at_a_goal_and_earns_what_that_is_worth(reached, action):
     """Behind the goal Q_r promises what nobody knows; before it, it likes to stay away."""
