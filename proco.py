@@ -180,7 +180,7 @@ class DoubleIntegrator:
 
 
 def double_integrator_infeasible(x, v):
-    """Where even full braking ends in the wall: arrays x (m), v (m/s) -> bool array."""
+    """Where full braking still enters the wall, or x is in it: x (m), v (m/s) -> bool array."""
     # |v| <= 2 stops within 20 steps of 0.1 s, so the sum of 20 speeds is the way to the stop.
     speeds = np.clip(v, 0, 2)[..., None] - DoubleIntegrator.dt * np.arange(1, 21)
     return x + DoubleIntegrator.dt * np.maximum(speeds, 0).sum(-1) >= 1
@@ -205,7 +205,7 @@ class Task:
     sensors: tuple
     lidars: tuple = ()
     repeat: int = 1  # steps that a decision lasts
-    saturation: tuple = ()  # of each action, beyond which it acts no more; () is 1 for all
+    saturation: tuple = ()  # of each action, beyond which more changes nothing; () is 1
     healthy: tuple = ()  # (field of the state, low, high): an episode ends beyond
     limited: tuple = ()  # without lidars: fields that the predicate reads, which starts redraw
     settings: dict = dataclasses.field(default_factory=dict)  # its own defaults of Config
@@ -222,7 +222,7 @@ class Task:
         self.full = np.array(self.saturation or [1.0] * self.act_dim, np.float32)  # (A,)
         # Whether things move by themselves, all alike; then the first lidar has to be the buttons'.
         self.moving = bool(self.things("gremlins"))
-        self.own_dim = len(self.sensors) + 3 * self.moving  # velocity, and "buttons are off"
+        self.own_dim = len(self.sensors) + 3 * self.moving  # theirs, and "buttons are off"
         self.state_dim = self.own_dim + 2 * len(self.kinds)
         self.aims = self.things("goal", "push_box")  # one of each: out of sight it is remembered
 
@@ -257,8 +257,7 @@ SMALL |= {"updates": 1_000, "eval_episodes": 50}
 LINE = {"repeat": 3, "limited": (0,), "settings": SMALL}
 INTEGRATOR = Task("DoubleIntegrator", DoubleIntegrator, 2, 1, 100, 0.1, (0, 1), **LINE)
 # A violation is seldom announced, so gamma_f is short. After so few updates |Q_r| is a fifth of its
-# level, so Q_r / |Q_r| pulls hard and cloning weighs more: with 5 one of Swimmer's actors left the
-# gait.
+# level, so Q_r / |Q_r| pulls hard and cloning weighs more: with 1 Swimmer's actors left the gait.
 GAIT = {"gamma_f": 0.9, "bc_weight": 20.0, "clone_updates": 1_500, "feasibility_updates": 2_500}
 GAIT |= {"updates": 2_000, "rollouts": 12_000}
 
@@ -318,7 +317,7 @@ def locate(bins, reach, count):
     found = []
     for _ in range(count):
         value, i = rest.max(-1, keepdim=True)
-        near = (i + torch.tensor([0, 1, -1], device=i.device)) % BINS  # itself, the next, the last
+        near = (i + torch.tensor([0, 1, -1], device=i.device)) % BINS  # it, the next, the previous
         share = (bins.gather(-1, near[..., 1:2]) / value.clamp(min=1e-9)).clamp(max=1)
         z = torch.polar(reach * (1 - value), (i + share) * (2 * math.pi / BINS))
         found.append(torch.where(value > 0, z, reach))
@@ -376,7 +375,7 @@ def remember(state, last, task):
         same = (moved.abs() < 0.02) & (z_last[..., gremlins].abs() < 2.97)
         mean = (same * moved).sum(-1) / same.sum(-1).clamp(min=1) / task.dt
         velocity = torch.complex(own_last[..., -3], own_last[..., -2]) * spin
-        # Of 0.1 to 1, 0.25 errs least against the simulator: less lags, more follows the lidar.
+        # 0.25 lies between the Car's best rate, 0.5, and the Point's, 0.2: more follows the lidar.
         velocity = torch.where(same.any(-1), velocity + 0.25 * (mean - velocity), velocity)
         buttons = task.things("buttons")
         # A dark lidar means "off" where buttons were seen just now, else that none is near.
@@ -733,7 +732,7 @@ def jumped(state, following, task, steps=1):
 
 
 def redrawn_within(state, following, task):
-    """The least distance in D of things that jump to a new place when they are reached, less 1 cm:
+    """How near D's things come before they jump to a new place, as reached ones do, less 1 cm:
     (K, 16), m, for each kind and side (a side with few jumps: for all sides; a Car presses a button
     at 0.21 to 0.31 m); 0 for kinds that don't jump."""
     z = split(state, task)[1][..., task.nearest]  # (B, K)
@@ -894,7 +893,8 @@ def danger_distance(cost, task, state, action, following):
 
 def model_margin(model, cost, data):
     """The margin of the conservative cost: 99% of the model's errors in the distance to danger are
-    less, one step ahead on held-out steps near it. # ASSUMED: 99%; with lidars, at least 2 cm."""
+    less, one step ahead on held-out steps near it. # ASSUMED: 99%; with lidars at least 2 cm, which
+    decided in all our runs."""
     task = model.task
     jump = jumped(data["state"], data["next_state"], task).any(-1)
     rows = (data["held_out"] & (data["distance"] < 0.5) & ~jump).nonzero()[:20_000, 0]
@@ -937,7 +937,7 @@ class Agent(nn.Module):
         self.register_buffer("mean", torch.zeros(task.own_dim))  # of own fields in D
         self.register_buffer("std", torch.ones(task.own_dim))
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
-        self.register_buffer("clone_error", torch.ones(task.act_dim))  # squared, of in_full's, on D
+        self.register_buffer("clone_error", torch.ones(task.act_dim))  # mean square on D, in_full
         self.register_buffer("q_scale", torch.tensor(1.0))  # |Q_r|: its mean on a batch of D
         self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
         width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
@@ -1079,7 +1079,9 @@ def roll_out(agent, state, generator):
 
 # ==== 5. Feasibility: which states and actions still allow safety =================================
 # V_f(s) = gamma_f^n if even the safest policy violates after n safe steps, 0 if some policy never
-# violates. A state is called feasible where V_f <= eps: 0.97^n <= 0.5 is more than 22 steps ahead.
+# violates. A state is called feasible where V_f <= eps: 0.97^n <= 0.5 is more than 22 steps ahead
+# (0.44 s of a Point, 0.88 s of a Car). Q_c and V_c, the discounted share of unsafe steps ahead,
+# still differ where Q_f is 1, so they show the way back.
 
 
 def feasibility_loss(agent, rows):
@@ -1150,23 +1152,23 @@ def reward_critic_loss(agent, d, generator):
 def actor_loss(agent, rows):
     """The actor's loss -> (loss, mean violation of the constraint). # FORK: an algorithm is a
     function of the actor's actions pi (B, A), the loss of TD3+BC (Fujimoto and Gu 2021), td3bc
-    (B,), and its cloning term, clone (B,)."""
+    (B,), and its cloning term, cloning (B,)."""
     cfg = agent.cfg
     x = rows["x"]
     pi = agent.propose(x)
-    clone = rows["trust"] * (pi - rows["driver"]).square().mean(-1)
+    cloning = rows["trust"] * (pi - rows["driver"]).square().mean(-1)
     if cfg.algorithm == "bc":
-        return clone.mean(), None
+        return cloning.mean(), None
     q_r = agent.q_r(torch.cat([x, pi], -1), slice(1))[0, :, 0]  # the first twin's
     on_d = (rows["trust"] == 1).float()
     agent.q_scale.copy_((on_d @ q_r.detach().abs() / on_d.sum()).clamp(min=1e-6))
-    td3bc = -q_r / agent.q_scale + 2 * cfg.bc_weight * clone
+    td3bc = -q_r / agent.q_scale + 2 * cfg.bc_weight * cloning
     if cfg.algorithm == "td3bc":
         return td3bc.mean(), None
     if cfg.algorithm == "fisor":
-        return fisor_loss(agent, rows, pi, clone), None
+        return fisor_loss(agent, rows, pi, cloning), None
     if cfg.algorithm == "cpq":
-        return cpq_loss(agent, x, pi, td3bc, clone), None
+        return cpq_loss(agent, x, pi, td3bc, cloning), None
     return lagrangian_loss(agent, x, pi, td3bc)
 
 
@@ -1186,7 +1188,7 @@ def lagrangian_loss(agent, x, pi, td3bc):
     return loss, (violation.detach() * feasible).sum() / feasible.sum().clamp(min=1)
 
 
-def fisor_loss(agent, rows, pi, clone):
+def fisor_loss(agent, rows, pi, cloning):
     """FISOR (Zheng et al. 2024): regression on actions weighted by exp of their advantage.
 
         feasible:    trust exp(3 A_r) 1[Q_f(s, b) <= eps] (pi - b)^2
@@ -1201,16 +1203,16 @@ def fisor_loss(agent, rows, pi, clone):
         allowed = agent.danger(x, rows["driver"])[:, 0] <= agent.eps
         v_f, v_c = agent.v_s(x)[0].unbind(-1)
         back = (20 * (v_c - agent.danger(x, rows["action"])[:, 1])).exp().clamp(max=20)
-    forth = (3 * better).exp().clamp(max=20) * allowed * clone
+    forth = (3 * better).exp().clamp(max=20) * allowed * cloning
     back = back * (pi - rows["action"]).square().mean(-1)
     return torch.where(v_f <= agent.eps, forth, back).mean()
 
 
-def cpq_loss(agent, x, pi, td3bc, clone):
+def cpq_loss(agent, x, pi, td3bc, cloning):
     """CPQ (Xu et al. 2022): reward only where Q_c(s, pi) is within the limit. # DEVIATION: with the
     cloning term of TD3+BC; without it a deterministic actor leaves the data at once."""
     allowed = agent.danger(x, pi)[:, 1].detach() <= CPQ_LIMIT
-    return torch.where(allowed, td3bc, 2 * agent.cfg.bc_weight * clone).mean()
+    return torch.where(allowed, td3bc, 2 * agent.cfg.bc_weight * cloning).mean()
 
 
 def cpq_penalty(agent, d, generator):
@@ -1236,7 +1238,7 @@ def ways(task, cfg):
     if task.lidars:
         return ["clone", "actor", "filter", "plan"]
     # No plan without lidars: a robot that holds one action soon leaves the states in D. Nor is the
-    # filter the default: one action that Q_f chooses can break a gait (Swimmer: 15, not 26).
+    # filter the default: one action that Q_f chooses can break a gait (Swimmer once: 15, not 26).
     return ["clone", "filter", "actor"]
 
 
@@ -1411,7 +1413,8 @@ def begin_training(cfg, task, data, cost, saved=None):
         if any(saved[key] != kept[key] for key in ("versions", "device")):
             warn(f"begun with {saved['versions']} on {saved['device']}: numbers differ a little")
         kept = {key: saved[key] for key in kept} | {"warnings": WARNINGS}
-        kept["versions"]["mujoco"] = versions()["mujoco"]  # what is driven is driven here
+        driving = ("mujoco", "gymnasium", "safety-gymnasium", "dsrl", "cores")
+        kept["versions"] |= {key: versions()[key] for key in driving}  # which is done here
     agent = Agent(task, cfg, model, cost, kept["margin"]).to(data["state"].device)
     own = data["state"][:, : task.own_dim]
     agent.mean = own.mean(0)
@@ -1742,7 +1745,8 @@ def load_kept(path, device="cpu"):
 
 def load_run(path, device="cpu", cost=None):
     """The Agent of a run's folder or checkpoint; cost: its predicate, loaded. Raises ProcoError."""
-    saved = load_kept(path, device)
+    path = Path(path)
+    saved = load_kept(path.parent if path.name == "results.json" else path, device)
     cfg = Config(**saved["identity"]["settings"])
     task = get_task(cfg.task)
     model = Dynamics(task, cfg) if cfg.counterfactual else None
@@ -1915,6 +1919,7 @@ def parser():
     """The command line, made from Config."""
     line = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)  # only what is given
     line.description = __doc__.split("Shapes:")[0]
+    line.epilog = "Defaults in brackets; DoubleIntegrator and velocity tasks have their own."
     line.formatter_class = argparse.RawDescriptionHelpFormatter
     groups = {}
     for field in dataclasses.fields(Config):
@@ -2000,7 +2005,7 @@ class Demonstrator:
         # a style for each episode, so that data vary: margin m, noise, eagerness, share of coasting
         style = rng.uniform([0.03, 0, 2, 0], [0.12, 0.3, 5, 0.2])
         self.margin, self.noise, self.eager, self.coast = style
-        # --- P plans: "turn by an angle, then drive straight", from rest at 0 along +x ---
+        # --- P plans: turn by an angle (a Point while it drives), then straight; from rest at 0 ---
         circle = "Circle" in task.name
         rates = self.body.rate * np.array([1, 0.5, 0.2] if circle and not self.car else [1])
         angles = np.linspace(-math.pi / 2, math.pi / 2, 17)

@@ -3367,7 +3367,7 @@ def test_a_run_may_be_driven_in_each_way_whatever_it_was_told(tmp_path, capsys):
     cfg = quick(tmp_path, "proco", acting="clone")
     assert proco.run(cfg)["eval"]["acting"] == "clone"
     capsys.readouterr()
-    for path in (cfg.folder, cfg.folder / "checkpoint.pt"):
+    for path in (cfg.folder, *(cfg.folder / name for name in ("checkpoint.pt", "results.json"))):
         assert proco.main(["--evaluate", str(path)]) == 0
         said = capsys.readouterr().out
         assert all(way in said for way in ("cloned policy", "actor", "actor + filter"))
@@ -3528,11 +3528,11 @@ def test_what_was_warned_of_is_still_known_after_a_stop(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             proco.run(cfg)
     now = proco.versions()
-    monkeypatch.setattr(proco, "versions", lambda: now | {"torch": "9"})
+    monkeypatch.setattr(proco, "versions", lambda: now | {"torch": "9", "gymnasium": "8"})
     results = proco.run(cfg, resume=True)
     assert results["warnings"][0] == "odd"
     assert "begun with" in results["warnings"][1]
-    assert results["versions"] == now
+    assert results["versions"] == now | {"gymnasium": "8"}  # trained there, driven here
 
 
 class Gymnast(proco.DoubleIntegrator):
