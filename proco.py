@@ -222,7 +222,7 @@ class Task:
         self.full = np.array(self.saturation or [1.0] * self.act_dim, np.float32)  # (A,)
         # Whether things move by themselves, all alike; then the first lidar has to be the buttons'.
         self.moving = bool(self.things("gremlins"))
-        self.own_dim = len(self.sensors) + 3 * self.moving  # theirs, and "buttons are off"
+        self.own_dim = len(self.sensors) + 3 * self.moving  # their velocity, "buttons are off"
         self.state_dim = self.own_dim + 2 * len(self.kinds)
         self.aims = self.things("goal", "push_box")  # one of each: out of sight it is remembered
 
@@ -937,7 +937,7 @@ class Agent(nn.Module):
         self.register_buffer("mean", torch.zeros(task.own_dim))  # of own fields in D
         self.register_buffer("std", torch.ones(task.own_dim))
         self.register_buffer("log_lam", torch.tensor(math.log(10.0)))  # of the multiplier
-        self.register_buffer("clone_error", torch.ones(task.act_dim))  # mean square on D, in_full
+        self.register_buffer("clone_error", torch.ones(task.act_dim))  # mean (in_full - a)^2 on D
         self.register_buffer("q_scale", torch.tensor(1.0))  # |Q_r|: its mean on a batch of D
         self.register_buffer("reached", torch.tensor(0.0))  # what reaching a goal is worth
         width = self.features(torch.zeros(1, task.state_dim)).shape[-1]
@@ -1412,9 +1412,10 @@ def begin_training(cfg, task, data, cost, saved=None):
         WARNINGS[:] = dict.fromkeys(saved["warnings"] + WARNINGS)
         if any(saved[key] != kept[key] for key in ("versions", "device")):
             warn(f"begun with {saved['versions']} on {saved['device']}: numbers differ a little")
+        here = kept["versions"]
         kept = {key: saved[key] for key in kept} | {"warnings": WARNINGS}
         driving = ("mujoco", "gymnasium", "safety-gymnasium", "dsrl", "cores")
-        kept["versions"] |= {key: versions()[key] for key in driving}  # which is done here
+        kept["versions"] |= {key: here[key] for key in driving}  # which is done here
     agent = Agent(task, cfg, model, cost, kept["margin"]).to(data["state"].device)
     own = data["state"][:, : task.own_dim]
     agent.mean = own.mean(0)
@@ -1769,7 +1770,7 @@ def kept_run(folder, identity, device):
         other = [key for key in now if was.get(key) != now[key] and key not in HARMLESS]
         differs = "; ".join(f"{key} {was.get(key)}, now {now[key]}" for key in other)
         if not differs and path.suffix == ".pt":
-            return None, kept
+            return None, kept | {"name": path.name}
         if not differs and all(was[key] == now[key] for key in EVALUATION):
             return kept, None
     if differs:
@@ -1827,8 +1828,9 @@ def run(cfg, resume=False):
             print_scores(f"{cfg.task} {cfg.method}, finished before", results["acting"])
             return results
         part = cfg.folder / "training.pt"  # what is finished stays until this run is, too
-        if not resume and (part.exists() or (cfg.folder / "results.json").exists()):
-            warn(f"this run replaces the one in {cfg.folder}; --resume would go on with that")
+        lost = part.exists() and not (saved and saved["name"] == part.name)
+        if lost or (not resume and (cfg.folder / "results.json").exists()):
+            warn(f"this run replaces another in {cfg.folder}; --resume with its settings keeps it")
             part.unlink(missing_ok=True)
         data = to_device(arrays, task, cost, device)
         seconds = {"data": time.time() - clock}

@@ -3488,7 +3488,9 @@ def test_what_is_driven_again_is_not_trained_again(tmp_path, monkeypatch):
             proco.run(quick(tmp_path, hidden=8))
     monkeypatch.setattr(proco, "update", unexpected)
     more = dataclasses.replace(cfg, eval_episodes=5)
-    assert proco.run(more, resume=True)["eval"]["episodes"] == 5
+    results = proco.run(more, resume=True)
+    assert results["eval"]["episodes"] == 5
+    assert "this run replaces" in results["warnings"][-1]  # what was stopped is not lost unsaid
     again = weights(cfg.folder)
     assert all(torch.equal(learnt[name], again[name]) for name in learnt)
     monkeypatch.setattr(proco, "evaluate", unexpected)
